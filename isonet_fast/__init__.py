@@ -1,0 +1,1 @@
+"""Isometric networks (ISONet, R-ISONet) at full GPU speed."""

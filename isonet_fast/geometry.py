@@ -1,0 +1,120 @@
+"""The shape of one layer's orthogonality problem: rows, columns, taps and the offsets between them.
+
+Everything here follows from shapes alone. The closed form (`ops/orthogonality.py`) and the tile plan of the
+Triton kernels (`kernels/`) both read it; the specification (`reference.py`) deliberately does not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+PENALTIES = ("isonet", "lorth", "matrix")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight of shape (O, I/g, k...) and how it is convolved; a linear layer has no k.
+
+    Hashable, so that plans and batches can be keyed by it.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    penalty: str
+
+    @cached_property
+    def kernel(self) -> tuple[int, ...]:
+        """Taps per dimension; `matrix` flattens them into the columns and has a single tap."""
+        return () if self.penalty == "matrix" else self.shape[2:]
+
+    @cached_property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @cached_property
+    def _phases(self) -> int:
+        """prod r_i: how many input phases of the stride cell the taps reach."""
+        return math.prod(
+            min(k, s // math.gcd(e, s))
+            for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
+        )
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Whether rows are inputs: the smaller side, where the penalty allows it.
+
+        `lorth` must take outputs unless the operator acts as an unstrided one, when both sides agree.
+        """
+        outputs, inputs = self._sides
+        return inputs < outputs and (self.penalty != "lorth" or self._phases == 1)
+
+    @cached_property
+    def _sides(self) -> tuple[int, int]:
+        inputs = math.prod(self.shape[1:]) if self.penalty == "matrix" else self.shape[1]
+        return self.shape[0] // self.groups, inputs
+
+    @cached_property
+    def rows(self) -> int:
+        """M: rows of one group's tap matrices."""
+        return self._sides[1] if self.transposed else self._sides[0]
+
+    @cached_property
+    def columns(self) -> int:
+        """N: columns of one group's tap matrices."""
+        return self._sides[0] if self.transposed else self._sides[1]
+
+    @cached_property
+    def constant(self) -> float:
+        """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
+        the operator has columns; 0 elsewhere)."""
+        if self.penalty != "lorth" or self.transposed:
+            return 0.0
+        return self.groups * max(0, self.rows - self.columns * self._phases) / 2
+
+    @cached_property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """Half of T, t = 0 first: G_{-t} is the transpose of G_t, so the other half is not computed.
+
+        T = {t : |t_i| <= k_i - 1 and e_i t_i divisible by s_i}.
+        """
+        ranges = [
+            [t for t in range(1 - k, k) if e * t % s == 0]
+            for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
+        ]
+        zero = (0,) * len(self.kernel)
+        return tuple(t for t in itertools.product(*ranges) if t >= zero)
+
+    def overlap(self, offset: tuple[int, ...]) -> int:
+        """How many pairs of taps (u, u + t) exist: the size of a rectangle."""
+        return math.prod(k - abs(t) for k, t in zip(self.kernel, offset, strict=True))
+
+    def gram_flops(self, offset: tuple[int, ...]) -> int:
+        """Multiply-adds, times two, of G_t over all groups (the diagonal's symmetry not exploited)."""
+        return 2 * self.groups * self.rows**2 * self.columns * self.overlap(offset)
+
+
+def shard(layers: tuple[Layer, ...], index: int, count: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The offsets of each layer that rank `index` of `count` computes: (layer, offset) units, balanced by FLOPs.
+
+    Longest unit first, each to the rank with the least work so far: the same split on every rank without
+    communication. `shard(layers, 0, 1)` is everything.
+    """
+    if count == 1:
+        return tuple(layer.offsets for layer in layers)
+    units = sorted(
+        ((layer.gram_flops(t), n, t) for n, layer in enumerate(layers) for t in layer.offsets),
+        key=lambda unit: (-unit[0], unit[1], unit[2]),
+    )
+    load = [0] * count
+    mine: list[list[tuple[int, ...]]] = [[] for _ in layers]
+    for flops, n, t in units:
+        rank = load.index(min(load))
+        load[rank] += flops
+        if rank == index:
+            mine[n].append(t)
+    return tuple(tuple(sorted(offsets)) for offsets in mine)
