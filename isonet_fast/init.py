@@ -1,0 +1,44 @@
+"""Delta initialisation: a convolution that starts as the identity (Qi et al., ICML 2020, section 3.1)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .functional import layer
+
+
+@torch.no_grad()
+def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> Tensor:
+    """Fill a convolution weight (O, I/g, k...) or a linear weight (O, I) with a delta, in place; returns it.
+
+    Within each group output i copies input i through the middle tap, as `torch.nn.init.dirac_` does. Where O > I and
+    the stride is above 1, output I + i copies input i through another tap of the stride cell, and so on, so that no
+    input pixel is lost while outputs and taps last: at stride 2 a 3x3 kernel 16 -> 64 keeps all the energy. Such a
+    layer is an isometry in the sense of the "lorth" penalty. Outputs that are left over start at 0.
+
+    Raises as `functional.orthogonality_loss` does for rank, groups and stride.
+    """
+    geometry = layer(weight, stride, 1, groups, "lorth")
+    cells = [_cell(k, s) for k, s in zip(geometry.kernel, geometry.stride, strict=True)]
+    weight.zero_()
+    inputs = weight.shape[1]
+    for group in weight.chunk(groups):
+        for n, tap in enumerate(itertools.product(*cells)):
+            rows = range(n * inputs, min((n + 1) * inputs, len(group)))
+            for i, output in enumerate(rows):
+                group[(output, i, *tap)] = 1
+    return weight
+
+
+def _cell(kernel: int, stride: int) -> list[int]:
+    """One tap for each input phase that the kernel reaches, the middle tap first."""
+    middle = kernel // 2
+    taps = []
+    for phase in range(stride):
+        reached = [t for t in (middle + phase, middle + phase - stride) if 0 <= t < kernel]
+        taps += reached[:1]
+    return taps

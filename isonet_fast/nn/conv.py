@@ -1,0 +1,66 @@
+"""Convolution and linear layers that start as a delta and know their own orthogonality penalty.
+
+Same constructor, state_dict and behaviour as the torch.nn parent, plus `penalty`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional, init
+from ..geometry import PENALTIES
+
+
+class _Orthogonal:
+    """What the layers share: the `penalty` argument, delta initialisation, the penalty of this layer alone."""
+
+    weight: Tensor
+    bias: Tensor | None
+    penalty: str | None
+    stride: Any = 1
+    dilation: Any = 1
+    groups: int = 1
+
+    def __init__(self, *args: Any, penalty: str | None = "isonet", **kwargs: Any) -> None:
+        if penalty is not None and penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {PENALTIES} or None (never penalised), got {penalty!r}")
+        super().__init__(*args, **kwargs)
+        self.penalty = penalty
+
+    def reset_parameters(self) -> None:
+        """Delta weight, zero bias."""
+        init.delta_(self.weight, self.groups, self.stride)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def orthogonality_loss(self) -> Tensor:
+        """The penalty of this layer, a 0-dim tensor (`functional.orthogonality_loss`); 0 for penalty=None."""
+        if self.penalty is None:
+            return self.weight.new_zeros(())
+        return functional.orthogonality_loss(
+            self.weight, stride=self.stride, dilation=self.dilation, groups=self.groups, penalty=self.penalty
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, penalty={self.penalty!r}"  # type: ignore[misc]
+
+
+class OrthoConv1d(_Orthogonal, nn.Conv1d):
+    """nn.Conv1d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+
+
+class OrthoConv2d(_Orthogonal, nn.Conv2d):
+    """nn.Conv2d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+
+
+class OrthoConv3d(_Orthogonal, nn.Conv3d):
+    """nn.Conv3d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+
+
+class OrthoLinear(_Orthogonal, nn.Linear):
+    """nn.Linear that starts as the identity, with the penalty 1/2 ||W W^T - I||^2 on its smaller side."""
+
+
+__all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d", "OrthoLinear"]

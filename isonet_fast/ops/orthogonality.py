@@ -1,0 +1,202 @@
+"""The orthogonality penalty of a list of weights as one op: schema, fake, autograd, dispatch.
+
+`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and
+for float64, the closed form does. Whatever the forward keeps for the backward belongs to that call: two forwards
+before a backward are right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..geometry import Layer, shard
+from . import closed_form
+from ._library import implement, library, ops
+
+library.define(
+    # stride and dilation hold every layer's values one after the other; shard is (rank, number of ranks)
+    "orthogonality_loss(Tensor[] weights, int[] stride, int[] dilation, int[] groups, str[] penalty,"
+    " float[] coefficient, str? precision, int[] shard, bool save) -> (Tensor, Tensor, Tensor[])"
+)
+library.define(
+    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, int[] stride, int[] dilation,"
+    " int[] groups, str[] penalty, float[] coefficient, str? precision, int[] shard) -> Tensor[]"
+)
+
+
+class Problem(NamedTuple):
+    """What to compute, apart from the weights: hashable, so that plans are found by it."""
+
+    layers: tuple[Layer, ...]
+    coefficients: tuple[float, ...]
+    precision: str | None
+    shard: tuple[int, int]
+
+    @property
+    def offsets(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        return _offsets(self.layers, self.shard)
+
+    def arguments(self) -> tuple:
+        """In the order of the schema, `stride` to `shard`."""
+        return (
+            [s for layer in self.layers for s in layer.stride],
+            [e for layer in self.layers for e in layer.dilation],
+            [layer.groups for layer in self.layers],
+            [layer.penalty for layer in self.layers],
+            list(self.coefficients),
+            self.precision,
+            list(self.shard),
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(layers: tuple[Layer, ...], part: tuple[int, int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return shard(layers, *part)
+
+
+@functools.lru_cache(maxsize=64)
+def _problem(shapes: tuple, stride: tuple, dilation: tuple, groups: tuple, penalty: tuple, *rest: Any) -> Problem:
+    layers, at = [], 0
+    for shape, g, p in zip(shapes, groups, penalty, strict=True):
+        dims = len(shape) - 2
+        layers.append(Layer(shape, stride[at : at + dims], dilation[at : at + dims], g, p))
+        at += dims
+    return Problem(tuple(layers), *rest)
+
+
+def _read(weights: Sequence[Tensor], arguments: Sequence) -> Problem:
+    """The inverse of `Problem.arguments`."""
+    *geometry, coefficient, precision, part = arguments
+    shapes = tuple(tuple(w.shape) for w in weights)
+    return _problem(shapes, *map(tuple, geometry), tuple(coefficient), precision, tuple(part))
+
+
+def serves(weights: Sequence[Tensor]) -> bool:
+    """Whether the Triton kernels compute this list; else the closed form."""
+    return all(w.is_cuda and w.dtype != torch.float64 for w in weights) and not (
+        len(weights) == 0 or kernels.unavailable(weights[0].device)
+    )
+
+
+def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
+    """sum of coefficient * penalty, added in float64."""
+    weighted = losses.double() * torch.tensor(coefficients, dtype=torch.float64).to(losses.device)
+    return weighted.sum().to(losses.dtype)
+
+
+@implement("orthogonality_loss")
+def _orthogonality_loss(weights: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *arguments, save = arguments
+    problem = _read(weights, arguments)
+    if serves(weights):
+        from ..kernels import orthogonality as triton
+
+        return triton.forward(weights, *_triton_arguments(problem), save)
+    saved = _saved_like(weights) if save else []
+
+    def keep(n: int, grad: Tensor) -> None:
+        torch.mul(grad, problem.coefficients[n], out=saved[n])
+
+    for buffer, offsets in zip(saved, problem.offsets, strict=False):
+        if not offsets:  # another rank's layer
+            buffer.zero_()
+    losses = closed_form.evaluate(weights, problem.layers, problem.offsets, keep if save else None)
+    return _total(losses, problem.coefficients), losses, saved
+
+
+def _triton_arguments(problem: Problem) -> tuple:
+    return problem.layers, problem.coefficients, problem.precision, problem.offsets
+
+
+def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The closed form keeps the gradient itself, in each weight's own layout."""
+    return [torch.empty_like(w, dtype=closed_form.wide_dtype(w)) for w in weights]
+
+
+@torch.library.register_fake("isonet_fast::orthogonality_loss")
+def _orthogonality_loss_fake(weights: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *arguments, save = arguments
+    dtype = max((closed_form.wide_dtype(w) for w in weights), key=lambda d: d.itemsize)
+    saved: list[Tensor] = []
+    if save and serves(weights):
+        from ..kernels import orthogonality as triton
+
+        problem = _read(weights, arguments)
+        saved = triton.saved_like(weights, problem.layers, problem.precision, problem.offsets)
+    elif save:
+        saved = _saved_like(weights)
+    return weights[0].new_empty((), dtype=dtype), weights[0].new_empty(len(weights), dtype=dtype), saved
+
+
+@implement("orthogonality_loss_backward")
+def _orthogonality_loss_backward(
+    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], *arguments: Any
+) -> list[Tensor]:
+    if serves(weights):
+        from ..kernels import orthogonality as triton
+
+        return triton.backward(grad_output, saved, weights, *_triton_arguments(_read(weights, arguments)))
+    scaled = torch._foreach_mul(saved, grad_output)
+    return [g.to(w.dtype) for g, w in zip(scaled, weights, strict=True)]
+
+
+@torch.library.register_fake("isonet_fast::orthogonality_loss_backward")
+def _orthogonality_loss_backward_fake(
+    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], *arguments: Any
+) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    weights, *ctx.arguments, ctx.has_saved = inputs
+    _, losses, saved = output
+    ctx.count = len(weights)
+    ctx.save_for_backward(*weights, *saved)
+    ctx.mark_non_differentiable(losses, *saved)
+
+
+def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "orthogonality_loss is differentiable once, but create_graph=True asked for a graph of its gradient; "
+            "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
+        )
+    weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    grads = ops.orthogonality_loss_backward(grad_output, saved, weights, *ctx.arguments)
+    needed = ctx.needs_input_grad[0]
+    # register_autograd takes an empty list argument (a linear layer's strides) for a list of tensors
+    no_grad = [[] if argument == [] else None for argument in ctx.arguments]
+    return [g if n else None for g, n in zip(grads, needed, strict=True)], *no_grad, None
+
+
+torch.library.register_autograd("isonet_fast::orthogonality_loss", _backward, setup_context=_save)
+
+
+def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
+    """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
+    save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+    total, losses, _ = ops.orthogonality_loss(list(weights), *problem.arguments(), save)
+    return total, losses
+
+
+@torch.no_grad()
+def accumulate_grad_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
+    if serves(weights):
+        from ..kernels import orthogonality as triton
+
+        return triton.accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
+
+    def add(n: int, grad: Tensor) -> None:
+        grads[n].add_(grad, alpha=scale * problem.coefficients[n])
+
+    losses = closed_form.evaluate(weights, problem.layers, problem.offsets, add)
+    return _total(losses, problem.coefficients), losses

@@ -1,0 +1,124 @@
+"""The residual join as dispatcher ops: PyTorch implementation, fakes, autograd. See `reference.residual_srelu`.
+
+Without a scale both gradients of the sum are g m, so the backward is srelu_backward's; with one, the branch is
+saved too, for ds = sum g m branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import implement, ops
+from .srelu import blocked, channel_sum, per_channel
+
+
+def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    wide = torch.promote_types(shortcut.dtype, torch.float32)
+    scaled = branch.to(wide) if scale is None else scale.to(wide).view(()) * branch.to(wide)
+    total = (shortcut.to(wide) + scaled).to(shortcut.dtype)
+    torch.maximum(total, per_channel(bias, total), out=out)
+
+
+@implement("residual_srelu")
+def _residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    output = torch.empty_like(shortcut)
+    _join(shortcut, branch, bias, scale, out=output)
+    return output
+
+
+@implement("residual_srelu_")
+def _residual_srelu_(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> None:
+    _join(shortcut, branch, bias, scale, out=branch)
+
+
+@implement("residual_srelu_backward")
+def _residual_srelu_backward(
+    grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(output.dtype, torch.float32)
+    taken = blocked(output, bias)
+    grad_shortcut = torch.empty_like(output).copy_(grad_output).masked_fill_(taken, 0)
+    grad_branch = torch.empty_like(output)
+    grad_branch.copy_(grad_shortcut.to(wide) * scale.to(wide).view(()))
+    grad_bias = channel_sum(torch.where(taken, grad_output, 0), bias)
+    grad_scale = (grad_shortcut.to(wide) * branch.to(wide)).sum().to(scale.dtype).view_as(scale)
+    return grad_shortcut, grad_branch, grad_bias, grad_scale
+
+
+@torch.library.register_fake("isonet_fast::residual_srelu")
+def _residual_srelu_fake(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    return torch.empty_like(shortcut)
+
+
+@torch.library.register_fake("isonet_fast::residual_srelu_")
+def _residual_srelu_inplace_fake(
+    shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None
+) -> None:
+    return None
+
+
+@torch.library.register_fake("isonet_fast::residual_srelu_backward")
+def _residual_srelu_backward_fake(
+    grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return like(output), like(output), like(bias), like(scale)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, branch, bias, scale = inputs
+    ctx.save_for_backward(output, bias, *(() if scale is None else (branch, scale)))
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    output, bias, *scaled = ctx.saved_tensors
+    if scaled:
+        branch, scale = scaled
+        grads = ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+    else:
+        grad_sum, grad_bias = ops.srelu_backward(grad_output, output, bias)
+        grads = (grad_sum, grad_sum, grad_bias, None)
+    needed = ctx.needs_input_grad  # three of them in place, four otherwise
+    return tuple(g if n else None for g, n in zip(grads, needed, strict=False))
+
+
+def _save_double(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _double_backward(
+    ctx: Any, gg_shortcut: Tensor, gg_branch: Tensor, gg_bias: Tensor, gg_scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The backward is linear in g, in the branch and in s:
+
+    dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
+    """
+    grad_output, output, branch, bias, scale = ctx.saved_tensors
+    taken = blocked(output, bias)
+    s, gg_s = scale.to(output.dtype).reshape(()), gg_scale.to(output.dtype).reshape(())
+    passed = gg_shortcut + s * gg_branch + gg_s * branch
+    grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed)
+    masked = torch.where(taken, 0, grad_output)
+    return grad_grad, None, gg_s * masked, None, (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
+
+
+torch.library.register_autograd("isonet_fast::residual_srelu", _backward, setup_context=_save)
+torch.library.register_autograd(
+    "isonet_fast::residual_srelu_backward", _double_backward, setup_context=_save_double
+)
+
+
+class ResidualSReLUInPlace(torch.autograd.Function):
+    """residual_srelu_ under autograd, over the branch; without a scale, since ds needs the branch."""
+
+    @staticmethod
+    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
+        ops.residual_srelu_(shortcut, branch, bias, None)
+        ctx.mark_dirty(branch)
+        ctx.save_for_backward(branch, bias)
+        return branch
+
+    backward = staticmethod(_backward)

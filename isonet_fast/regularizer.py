@@ -1,0 +1,271 @@
+"""One penalty for a whole network, and the optimizer's parameter groups of the official recipe."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .functional import PRECISIONS, check_precision, layer
+from .geometry import PENALTIES, Layer
+from .nn import OrthoLinear, SharedScale
+from .nn.conv import _Orthogonal
+from .ops import orthogonality
+
+_log = logging.getLogger(__name__)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Filter = Callable[[str, nn.Module], bool]
+
+
+class Row(NamedTuple):
+    """One layer in `OrthoRegularizer.summary()`."""
+
+    name: str
+    shape: tuple[int, ...]
+    penalty: str | None  # which one; None if excluded
+    excluded: str  # why it is excluded; empty if it is not
+    coeff: float
+    value: float  # unweighted
+    gflop: float  # multiply-adds of the penalty and its gradient, times two
+
+
+class Summary(list[Row]):
+    """The rows of `OrthoRegularizer.summary()`; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<28} {'weight':<22} {'penalty':<8} {'coeff':>9} {'value':>11} {'GFLOP':>9}"]
+        for row in self:
+            shape = "x".join(map(str, row.shape))
+            if row.excluded:
+                lines.append(f"{row.name:<28} {shape:<22} excluded: {row.excluded}")
+            else:
+                numbers = f"{row.coeff:>9.2g} {row.value:>11.5g} {row.gflop:>9.4f}"
+                lines.append(f"{row.name:<28} {shape:<22} {row.penalty:<8} {numbers}")
+        total = sum(row.value for row in self), sum(row.gflop for row in self)
+        return "\n".join([*lines, f"{'total':<28} {'':<22} {'':<8} {'':>9} {total[0]:>11.5g} {total[1]:>9.4f}"])
+
+
+class OrthoRegularizer:
+    """sum over layers of coeff * penalty: `loss = criterion(model(x), y) + reg()`.
+
+    Covers every Conv1d to Conv3d (subclasses too, transposed ones never) and OrthoLinear; each Parameter once, however
+    many modules share it. Weights are looked up at each call, so FSDP, `load_state_dict(assign=True)` and swapped
+    (EMA) weights are seen. Parametrized weights are left out with a warning: reading one can advance a power
+    iteration.
+
+    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed.
+    coeff: a float, or `callable(name, module) -> float` asked once per layer.
+    penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
+    filter: `callable(name, module) -> bool`; None: the official rule, all but 7x7 kernels and three input channels.
+    interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`.
+    shard_group: a process group over which the work is split by (layer, offset); each rank's share is multiplied by the
+        number of ranks, so that the gradient averaging of data parallelism yields the exact full gradient.
+    precision: as for `functional.orthogonality_loss`.
+
+    `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
+    `shard_group`: of this rank's share).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coeff: float | Callable[[str, nn.Module], float] = 1e-4,
+        penalty: str | None = None,
+        filter: Filter | None = None,
+        interval: int = 1,
+        shard_group: Any = None,
+        precision: str | None = None,
+    ) -> None:
+        if penalty is not None and penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {PENALTIES} or None (each layer's own), got {penalty!r}")
+        if not isinstance(interval, int) or interval < 1:
+            raise ValueError(f"interval must be a positive int, got {interval!r}")
+        if filter is not None and not callable(filter):
+            raise TypeError(f"filter must be callable(name, module) or None, got {type(filter).__name__}")
+        check_precision(precision)
+        self.penalty, self.precision, self.interval = penalty, precision, interval
+        self._model, self._shard_group = model, shard_group
+        self._calls = 0
+        self._losses: Tensor | None = None
+        self._excluded: dict[str, tuple[nn.Module, str]] = {}
+        self._included: dict[str, tuple[nn.Module, str, float]] = {}
+        self._problems: dict[tuple, orthogonality.Problem] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (*_CONVOLUTIONS, OrthoLinear)):
+                self._consider(name, module, coeff, filter or official_filter)
+        self._shard = (0, 1)
+        if shard_group is not None:
+            self._shard = (dist.get_rank(shard_group), dist.get_world_size(shard_group))
+            self._watch_backward()
+
+    def _consider(self, name: str, module: nn.Module, coeff: Any, filter: Filter) -> None:
+        own = getattr(module, "penalty", None) if isinstance(module, _Orthogonal) else "isonet"
+        chosen = self.penalty or own
+        if module._parameters.get("weight") is None:
+            warnings.warn(f"OrthoRegularizer leaves out {name!r}: its weight is parametrized", stacklevel=3)
+            self._excluded[name] = module, "parametrized"
+        elif own is None:
+            self._excluded[name] = module, "penalty=None"
+        elif not filter(name, module):
+            self._excluded[name] = module, "filter"
+        else:
+            value = coeff(name, module) if callable(coeff) else coeff
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"coeff must be a float or give one for each layer, got {value!r} for {name!r}")
+            self._included[name] = module, chosen, float(value)
+
+    def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem]:
+        """The weights as they are now, each Parameter once, and what to compute for them."""
+        weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
+        for module, chosen, value in self._included.values():
+            weight = module._parameters["weight"]
+            assert weight is not None
+            weights.setdefault(id(weight), (weight, module, chosen, value))
+        key = tuple((w.shape, m) for w, m, _, _ in weights.values())
+        if key not in self._problems:
+            layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
+            scale = self.interval * self._shard[1]
+            coefficients = tuple(value * scale for *_, value in weights.values())
+            self._problems = {key: orthogonality.Problem(layers, coefficients, self.precision, self._shard)}
+        return [w for w, *_ in weights.values()], self._problems[key]
+
+    def _due(self) -> bool:
+        self._calls += 1
+        return self._calls % self.interval == 0
+
+    def _zero(self) -> Tensor:
+        parameter = next(self._model.parameters(), None)
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+
+    def __call__(self) -> Tensor:
+        """sum of coeff * penalty, 0-dim, differentiable once. Under gradient accumulation add it to the last
+        micro-batch's loss only."""
+        if not self._due() or not self._included:
+            return self._zero()
+        weights, problem = self._gather()
+        total, self._losses = orthogonality.loss(weights, problem)
+        return total
+
+    @torch.no_grad()
+    def accumulate_grad_(self, grad_scale: float = 1.0) -> Tensor:
+        """Add grad_scale * coeff * dpenalty/dW to every weight's `.grad`; returns sum of coeff * penalty.
+
+        Once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before they
+        are clipped. Saves the autograd engine's addition per weight. With `shard_group` it must come before the
+        backward that synchronises the gradients: its share has to be averaged with them.
+
+        Raises RuntimeError where it comes after that backward.
+        """
+        if not self._due() or not self._included:
+            return self._zero()
+        weights, problem = self._gather()
+        if self._shard_group is not None:
+            self._check_order(weights)
+        for weight in weights:
+            if weight.requires_grad and weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        total, self._losses = orthogonality.accumulate_grad_(weights, grads, problem, grad_scale)
+        return total
+
+    def _watch_backward(self) -> None:
+        """Note for each weight at which version a synchronising backward has run over it."""
+        self._synchronised: dict[int, int] = {}
+
+        def note(weight: Tensor) -> None:
+            if getattr(self._model, "require_backward_grad_sync", True):
+                self._synchronised[id(weight)] = weight._version
+
+        for weight in self._gather()[0]:
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(note)
+
+    def _check_order(self, weights: list[nn.Parameter]) -> None:
+        """An optimizer step changes the version; a gradient left from before it does not count."""
+        if any(w.grad is not None and self._synchronised.get(id(w)) == w._version for w in weights):
+            raise RuntimeError(
+                "accumulate_grad_() with shard_group must come before the backward that synchronises the gradients, "
+                "but a backward has already run since the last optimizer step; call it before loss.backward() "
+                "(under gradient accumulation: before the last one, and give the regularizer the "
+                "DistributedDataParallel module, so that no_sync() is noticed)"
+            )
+
+    @property
+    def last(self) -> Tensor | None:
+        """The unweighted penalty of the last computed call; None before the first."""
+        return None if self._losses is None else self._losses.sum()
+
+    @torch.no_grad()
+    def summary(self) -> Summary:
+        """Every convolution and OrthoLinear: included or why not, its penalty (computed now) and its cost."""
+        weights, problem = self._gather()
+        whole = problem._replace(shard=(0, 1))
+        values = orthogonality.loss(weights, whole)[1].tolist() if weights else []
+        computed = dict(zip(map(id, weights), zip(problem.layers, values, strict=True), strict=True))
+        rows = {}
+        for name, (module, chosen, coeff) in self._included.items():
+            weight = module._parameters["weight"]
+            assert weight is not None
+            if id(weight) in computed:
+                geometry, value = computed.pop(id(weight))
+                rows[name] = Row(name, tuple(weight.shape), chosen, "", coeff, value, _gflop(geometry))
+            else:
+                rows[name] = Row(name, tuple(weight.shape), None, "shares its weight", 0.0, 0.0, 0.0)
+        for name, (module, why) in self._excluded.items():
+            parameter = module._parameters.get("weight")  # never through a parametrization
+            rows[name] = Row(name, () if parameter is None else tuple(parameter.shape), None, why, 0.0, 0.0, 0.0)
+        order = [name for name, _ in self._model.named_modules() if name in rows]
+        return Summary(rows[name] for name in order)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self._calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._calls = int(state["calls"])
+
+
+def official_filter(name: str, module: nn.Module) -> bool:
+    """What the official network penalises: not a 7x7 kernel, not three input channels."""
+    return getattr(module, "kernel_size", None) != (7, 7) and (
+        not isinstance(module, _CONVOLUTIONS) or module.weight.shape[1] != 3
+    )
+
+
+def _layer(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
+    if isinstance(module, nn.Linear):
+        return layer(weight, 1, 1, 1, penalty)
+    return layer(weight, module.stride, module.dilation, module.groups, penalty)  # type: ignore[arg-type]
+
+
+def _gflop(geometry: Layer) -> float:
+    """Gram of each offset of the half plane, and the two gradient products (one at t = 0)."""
+    return sum(geometry.gram_flops(t) * (3 if any(t) else 2) for t in geometry.offsets) / 1e9
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The official optimizer groups: SReLU biases without weight decay, shared scales at lr / 10 (with decay).
+
+    Every parameter is in exactly one group; each group has its `lr` and `weight_decay`, and a schedule that
+    multiplies learning rates keeps the ratio.
+    """
+    scales = {id(m.scale) for m in model.modules() if isinstance(m, SharedScale)}
+    srelu, shared, other = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] == "srelu_bias":
+            srelu.append(parameter)
+        else:
+            (shared if id(parameter) in scales or ".shared_scalar." in name else other).append(parameter)
+    groups = [
+        {"params": other, "lr": lr, "weight_decay": weight_decay},
+        {"params": srelu, "lr": lr, "weight_decay": 0.0},
+        {"params": shared, "lr": lr / 10, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+__all__ = ["PRECISIONS", "OrthoRegularizer", "Row", "Summary", "official_filter", "param_groups"]
