@@ -1,1 +1,42 @@
-"""Isometric networks (ISONet, R-ISONet) at full GPU speed."""
+"""Isometric networks (ISONet, R-ISONet) at full GPU speed: fused SReLU, the orthogonality penalty of a whole
+network in a few launches, layers, a regularizer, ready networks and a trainer."""
+
+try:
+    import torch
+except ModuleNotFoundError as error:  # not a dependency: an install would pull gigabytes that few machines need
+    raise ModuleNotFoundError(
+        "isonet_fast needs PyTorch 2.11 or newer; install the build for your machine first (https://pytorch.org)"
+    ) from error
+
+__version__ = "0.1.0"
+
+from . import functional, init, models, reference
+from .environment import info
+from .nn import (
+    OrthoConv1d,
+    OrthoConv2d,
+    OrthoConv3d,
+    OrthoLinear,
+    ResidualSReLU,
+    SharedScale,
+    SReLU,
+)
+from .regularizer import OrthoRegularizer, param_groups
+
+__all__ = [
+    "OrthoConv1d",
+    "OrthoConv2d",
+    "OrthoConv3d",
+    "OrthoLinear",
+    "OrthoRegularizer",
+    "ResidualSReLU",
+    "SReLU",
+    "SharedScale",
+    "functional",
+    "info",
+    "init",
+    "models",
+    "param_groups",
+    "reference",
+]
+del torch

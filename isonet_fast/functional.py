@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def residual_srelu(
     `inplace=True` writes y over the branch (saves one activation); it needs scale=None, because the gradient of the
     scale is formed with the branch.
 
-    Raises as `srelu` does, and ValueError where shortcut and branch differ in shape, TypeError where they differ in dtype.
+    Raises as `srelu` does, and ValueError (shape) or TypeError (dtype) where shortcut and branch differ.
     """
     _check_activation("shortcut", shortcut)
     if branch.shape != shortcut.shape:
@@ -94,9 +95,9 @@ def orthogonality_loss(
         G_t[m, m'] = sum over n, u of A_u[m, n] A_{u+t}[m', n],  A_u the matrix of tap u
         T = { t : |t_i| <= k_i - 1 and dilation_i t_i divisible by stride_i }
 
-    penalty: "isonet", the official one (Qi et al., ICML 2020, eq. 5: rows are inputs where I/g < O/g); "lorth", 0 exactly
-    where the operator is row- or column-orthogonal, the right choice for strided layers and for your own networks
-    (after Achour et al., JMLR 2022); "matrix", the flattened kernel, 1/2 ||K K^T - I||^2.
+    penalty: "isonet", the official one (Qi et al., ICML 2020, eq. 5: rows are inputs where I/g < O/g); "lorth", 0
+    exactly where the operator is row- or column-orthogonal, the right choice for strided layers and for your own
+    networks (after Achour et al., JMLR 2022); "matrix", the flattened kernel, 1/2 ||K K^T - I||^2.
 
     One tensor or a list. For a list, `stride`, `dilation` and `groups` may be *lists* with one entry per weight; an int
     or a tuple (one value per spatial dimension) serves all. All weights on one device; half precision is computed in
@@ -147,11 +148,11 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
-def _named(**values: object) -> list[tuple[str, object]]:
+def _named(**values: Any) -> list[tuple[str, Any]]:
     return list(values.items())
 
 
-def _per_layer(name: str, value, count: int) -> list:
+def _per_layer(name: str, value: Any, count: int) -> list:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
@@ -159,7 +160,7 @@ def _per_layer(name: str, value, count: int) -> list:
     return value
 
 
-def _per_dimension(name: str, value, dims: int) -> tuple[int, ...]:
+def _per_dimension(name: str, value: Any, dims: int) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
     if len(values) != dims or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{name} must be a positive int or a tuple of {dims} of them, got {value!r}")

@@ -40,8 +40,7 @@ class Layer:
     def _phases(self) -> int:
         """prod r_i: how many input phases of the stride cell the taps reach."""
         return math.prod(
-            min(k, s // math.gcd(e, s))
-            for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
+            min(k, s // math.gcd(e, s)) for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
         )
 
     @cached_property

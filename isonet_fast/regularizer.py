@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,13 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import PRECISIONS, check_precision, layer
+from .functional import check_precision, layer
 from .geometry import PENALTIES, Layer
 from .nn import OrthoLinear, SharedScale
 from .nn.conv import _Orthogonal
 from .ops import orthogonality
 
-_log = logging.getLogger(__name__)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Filter = Callable[[str, nn.Module], bool]
 
@@ -104,11 +102,9 @@ class OrthoRegularizer:
             self._watch_backward()
 
     def _consider(self, name: str, module: nn.Module, coeff: Any, filter: Filter) -> None:
-        own = getattr(module, "penalty", None) if isinstance(module, _Orthogonal) else "isonet"
-        chosen = self.penalty or own
-        if module._parameters.get("weight") is None:
-            warnings.warn(f"OrthoRegularizer leaves out {name!r}: its weight is parametrized", stacklevel=3)
-            self._excluded[name] = module, "parametrized"
+        own = module.penalty if isinstance(module, _Orthogonal) else "isonet"
+        if _weight(module) is None:
+            self._leave_out_parametrized(name, module)
         elif own is None:
             self._excluded[name] = module, "penalty=None"
         elif not filter(name, module):
@@ -117,15 +113,22 @@ class OrthoRegularizer:
             value = coeff(name, module) if callable(coeff) else coeff
             if not isinstance(value, (int, float)):
                 raise TypeError(f"coeff must be a float or give one for each layer, got {value!r} for {name!r}")
-            self._included[name] = module, chosen, float(value)
+            self._included[name] = module, self.penalty or own, float(value)
+
+    def _leave_out_parametrized(self, name: str, module: nn.Module) -> None:
+        warnings.warn(f"OrthoRegularizer leaves out {name!r}: its weight is parametrized", stacklevel=4)
+        self._excluded[name] = module, "parametrized"
 
     def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem]:
         """The weights as they are now, each Parameter once, and what to compute for them."""
         weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
-        for module, chosen, value in self._included.values():
-            weight = module._parameters["weight"]
-            assert weight is not None
-            weights.setdefault(id(weight), (weight, module, chosen, value))
+        for name, (module, chosen, value) in list(self._included.items()):
+            weight = _weight(module)
+            if weight is None:  # parametrized since
+                self._leave_out_parametrized(name, module)
+                del self._included[name]
+            else:
+                weights.setdefault(id(weight), (weight, module, chosen, value))
         key = tuple((w.shape, m) for w, m, _, _ in weights.values())
         if key not in self._problems:
             layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
@@ -146,7 +149,7 @@ class OrthoRegularizer:
         """sum of coeff * penalty, 0-dim, differentiable once. Under gradient accumulation add it to the last
         micro-batch's loss only."""
         if not self._due() or not self._included:
-            return self._zero()
+            return self._zero().requires_grad_(torch.is_grad_enabled())  # so that reg().backward() works every time
         weights, problem = self._gather()
         total, self._losses = orthogonality.loss(weights, problem)
         return total
@@ -209,7 +212,7 @@ class OrthoRegularizer:
         computed = dict(zip(map(id, weights), zip(problem.layers, values, strict=True), strict=True))
         rows = {}
         for name, (module, chosen, coeff) in self._included.items():
-            weight = module._parameters["weight"]
+            weight = _weight(module)
             assert weight is not None
             if id(weight) in computed:
                 geometry, value = computed.pop(id(weight))
@@ -217,7 +220,7 @@ class OrthoRegularizer:
             else:
                 rows[name] = Row(name, tuple(weight.shape), None, "shares its weight", 0.0, 0.0, 0.0)
         for name, (module, why) in self._excluded.items():
-            parameter = module._parameters.get("weight")  # never through a parametrization
+            parameter = _weight(module)
             rows[name] = Row(name, () if parameter is None else tuple(parameter.shape), None, why, 0.0, 0.0, 0.0)
         order = [name for name, _ in self._model.named_modules() if name in rows]
         return Summary(rows[name] for name in order)
@@ -234,6 +237,11 @@ def official_filter(name: str, module: nn.Module) -> bool:
     return getattr(module, "kernel_size", None) != (7, 7) and (
         not isinstance(module, _CONVOLUTIONS) or module.weight.shape[1] != 3
     )
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    """The Parameter itself, None where it is parametrized; never computed, as `module.weight` might be."""
+    return module._parameters.get("weight")
 
 
 def _layer(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
@@ -254,7 +262,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
     multiplies learning rates keeps the ratio.
     """
     scales = {id(m.scale) for m in model.modules() if isinstance(m, SharedScale)}
-    srelu, shared, other = [], [], []
+    srelu: list[nn.Parameter] = []
+    shared: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] == "srelu_bias":
             srelu.append(parameter)
@@ -266,6 +276,3 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         {"params": shared, "lr": lr / 10, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
-
-
-__all__ = ["PRECISIONS", "OrthoRegularizer", "Row", "Summary", "official_filter", "param_groups"]

@@ -17,7 +17,7 @@ class _Orthogonal:
     """What the layers share: the `penalty` argument, delta initialisation, the penalty of this layer alone."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
     penalty: str | None
     stride: Any = 1
     dilation: Any = 1
@@ -26,12 +26,12 @@ class _Orthogonal:
     def __init__(self, *args: Any, penalty: str | None = "isonet", **kwargs: Any) -> None:
         if penalty is not None and penalty not in PENALTIES:
             raise ValueError(f"penalty must be one of {PENALTIES} or None (never penalised), got {penalty!r}")
+        self.penalty = penalty  # read by reset_parameters, which the parent's constructor calls
         super().__init__(*args, **kwargs)
-        self.penalty = penalty
 
     def reset_parameters(self) -> None:
-        """Delta weight, zero bias."""
-        init.delta_(self.weight, self.groups, self.stride)
+        """Delta weight, zero bias. The stride cell is used where "lorth" rewards it (`init.delta_`)."""
+        init.delta_(self.weight, self.groups, self.stride if self.penalty == "lorth" else 1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -60,3 +60,14 @@ class SharedScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale
+
+    def fold(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """s * conv(x), computed as one convolution with the weight s W, which is formed in float32.
+
+        Same values and gradients as scaling the output, but neither the unscaled output nor a pass over it is needed.
+        """
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        scale = self.scale.to(wide)
+        weight = (scale * conv.weight.to(wide)).to(conv.weight.dtype)
+        bias = None if conv.bias is None else (scale.view(()) * conv.bias.to(wide)).to(conv.bias.dtype)
+        return conv._conv_forward(x, weight, bias)

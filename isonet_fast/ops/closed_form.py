@@ -10,6 +10,7 @@ shape form one batch, so a deep network of small layers costs a few large calls.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ def _batch(taps: Tensor, layer: Layer, ts: tuple[Offset, ...], want_grad: bool) 
     losses = taps.new_zeros(len(taps))
     grad = torch.zeros_like(taps) if want_grad else None
     for t in ts:
-        here = (..., *(slice(max(0, -ti), k - max(0, ti)) for ti, k in zip(t, layer.kernel, strict=True)), slice(None))
-        there = (..., *(slice(max(0, ti), k - max(0, -ti)) for ti, k in zip(t, layer.kernel, strict=True)), slice(None))
+        here, there = _overlap(t, layer)
         a = taps[here].reshape(len(taps), layer.rows, -1)
         if any(t):  # G_t and its transpose G_{-t}: twice the loss, and both gradients
             b = taps[there].reshape(len(taps), layer.rows, -1)
@@ -90,3 +90,11 @@ def _batch(taps: Tensor, layer: Layer, ts: tuple[Offset, ...], want_grad: bool) 
             if grad is not None:
                 grad += (2 * residual @ a).view_as(grad)
     return losses, grad
+
+
+def _overlap(t: Offset, layer: Layer) -> tuple[Any, Any]:
+    """Indices into (B, M, k..., N) of the rectangle of taps u for which u + t is a tap, and of those u + t."""
+    pairs = list(zip(t, layer.kernel, strict=True))
+    here = (..., *(slice(max(0, -ti), k - max(0, ti)) for ti, k in pairs), slice(None))
+    there = (..., *(slice(max(0, ti), k - max(0, -ti)) for ti, k in pairs), slice(None))
+    return here, there

@@ -84,6 +84,13 @@ def serves(weights: Sequence[Tensor]) -> bool:
     )
 
 
+def _triton() -> Any:
+    """The launchers, imported where they are needed: the package works without Triton."""
+    from ..kernels import orthogonality
+
+    return orthogonality
+
+
 def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
     """sum of coefficient * penalty, added in float64."""
     weighted = losses.double() * torch.tensor(coefficients, dtype=torch.float64).to(losses.device)
@@ -91,13 +98,11 @@ def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 @implement("orthogonality_loss")
-def _orthogonality_loss(weights: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *arguments, save = arguments
+def _orthogonality_loss(weights: list[Tensor], *arguments_and_save: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *arguments, save = arguments_and_save
     problem = _read(weights, arguments)
     if serves(weights):
-        from ..kernels import orthogonality as triton
-
-        return triton.forward(weights, *_triton_arguments(problem), save)
+        return _triton().forward(weights, *_triton_arguments(problem), save)
     saved = _saved_like(weights) if save else []
 
     def keep(n: int, grad: Tensor) -> None:
@@ -120,15 +125,13 @@ def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss")
-def _orthogonality_loss_fake(weights: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *arguments, save = arguments
+def _orthogonality_loss_fake(weights: list[Tensor], *arguments_and_save: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *arguments, save = arguments_and_save
     dtype = max((closed_form.wide_dtype(w) for w in weights), key=lambda d: d.itemsize)
     saved: list[Tensor] = []
     if save and serves(weights):
-        from ..kernels import orthogonality as triton
-
         problem = _read(weights, arguments)
-        saved = triton.saved_like(weights, problem.layers, problem.precision, problem.offsets)
+        saved = _triton().saved_like(weights, problem.layers, problem.precision, problem.offsets)
     elif save:
         saved = _saved_like(weights)
     return weights[0].new_empty((), dtype=dtype), weights[0].new_empty(len(weights), dtype=dtype), saved
@@ -139,9 +142,7 @@ def _orthogonality_loss_backward(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], *arguments: Any
 ) -> list[Tensor]:
     if serves(weights):
-        from ..kernels import orthogonality as triton
-
-        return triton.backward(grad_output, saved, weights, *_triton_arguments(_read(weights, arguments)))
+        return _triton().backward(grad_output, saved, weights, *_triton_arguments(_read(weights, arguments)))
     scaled = torch._foreach_mul(saved, grad_output)
     return [g.to(w.dtype) for g, w in zip(scaled, weights, strict=True)]
 
@@ -171,7 +172,7 @@ def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple:
     grads = ops.orthogonality_loss_backward(grad_output, saved, weights, *ctx.arguments)
     needed = ctx.needs_input_grad[0]
     # register_autograd takes an empty list argument (a linear layer's strides) for a list of tensors
-    no_grad = [[] if argument == [] else None for argument in ctx.arguments]
+    no_grad: list = [[] if argument == [] else None for argument in ctx.arguments]
     return [g if n else None for g, n in zip(grads, needed, strict=True)], *no_grad, None
 
 
@@ -191,9 +192,7 @@ def accumulate_grad_(
 ) -> tuple[Tensor, Tensor]:
     """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
     if serves(weights):
-        from ..kernels import orthogonality as triton
-
-        return triton.accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
+        return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
 
     def add(n: int, grad: Tensor) -> None:
         grads[n].add_(grad, alpha=scale * problem.coefficients[n])

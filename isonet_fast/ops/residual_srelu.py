@@ -54,9 +54,7 @@ def _residual_srelu_fake(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: 
 
 
 @torch.library.register_fake("isonet_fast::residual_srelu_")
-def _residual_srelu_inplace_fake(
-    shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None
-) -> None:
+def _residual_srelu_inplace_fake(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> None:
     return None
 
 
@@ -106,9 +104,7 @@ def _double_backward(
 
 
 torch.library.register_autograd("isonet_fast::residual_srelu", _backward, setup_context=_save)
-torch.library.register_autograd(
-    "isonet_fast::residual_srelu_backward", _double_backward, setup_context=_save_double
-)
+torch.library.register_autograd("isonet_fast::residual_srelu_backward", _double_backward, setup_context=_save_double)
 
 
 class ResidualSReLUInPlace(torch.autograd.Function):
