@@ -1,0 +1,39 @@
+"""What to say when the loss is no longer a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Diverged(RuntimeError):
+    """The loss became infinite or NaN; the message names the step, the layer and the remedy."""
+
+    def __init__(self, step: int, layer: str | None, more: str = "") -> None:
+        where = f"layer {layer!r} produced the first one" if layer else "every layer's output is finite, the loss is not"
+        super().__init__(f"non-finite loss at step {step}: {where}. Halve the learning rate.{more}")
+        self.step, self.layer = step, layer
+
+
+@torch.no_grad()
+def first_nonfinite(model: nn.Module, x: Tensor) -> str | None:
+    """Name of the first layer, in order of execution, whose output holds an infinity or a NaN for input x."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
