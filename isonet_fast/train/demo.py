@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ def train(
     optimizer = torch.optim.SGD(param_groups(model, lr, WEIGHT_DECAY), lr, MOMENTUM)
     base = [group["lr"] / lr for group in optimizer.param_groups]
     step = 0
-    bar = tqdm(total=epochs * math.ceil(len(images) / BATCH), unit="step", desc="training")
+    steps = epochs * math.ceil(len(images) / BATCH)
+    bar = tqdm(total=steps, unit="step", desc="training", mininterval=_refresh())
     for epoch in range(1, epochs + 1):
         start, losses = time.perf_counter(), []
         for group, ratio in zip(optimizer.param_groups, base, strict=True):
@@ -69,9 +71,15 @@ def train(
         with torch.no_grad():
             reg()
         row = {"loss": statistics.fmean(losses), "penalty": float(reg.last), "accuracy": accuracy, "seconds": seconds}  # type: ignore[arg-type]
-        bar.set_postfix(epoch=f"{epoch}/{epochs}", accuracy=f"{accuracy:.3f}", loss=f"{row['loss']:.3f}")
+        postfix = {"epoch": f"{epoch}/{epochs}", "accuracy": f"{accuracy:.3f}", "loss": f"{row['loss']:.3f}"}
+        bar.set_postfix(postfix, refresh=False)
         yield row
     bar.close()
+
+
+def _refresh() -> float:
+    """Seconds between two drawings of a bar: rarely in a log file."""
+    return 0.1 if sys.stderr.isatty() else 10
 
 
 @torch.no_grad()
@@ -108,7 +116,7 @@ def time_steps(model: nn.Module, x: Tensor, y: Tensor, steps: int = 15, warmup: 
         "bare": build(bare(model), lambda network: torch.zeros((), device=x.device)),
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for n in tqdm(range(warmup + steps), desc="timing", unit="round"):
+    for n in tqdm(range(warmup + steps), desc="timing", unit="round", mininterval=_refresh()):
         for name, step in contenders.items():
             start = time.perf_counter()
             step()

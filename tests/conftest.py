@@ -1,0 +1,27 @@
+"""One suite for every device: `pytest --device cuda` runs, on that device, the tests that take `device`."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests that take the `device` fixture run")
+
+
+@pytest.fixture
+def device(request):
+    return torch.device(request.config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config, items):
+    """Away from the CPU only what concerns the device runs: the rest has been tested already."""
+    if config.getoption("--device") == "cpu":
+        return
+    chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
