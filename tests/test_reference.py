@@ -127,7 +127,7 @@ def test_the_minimum_of_lorth_is_zero(shape, stride, dilation):
     weight = delta_(torch.empty(shape, dtype=DOUBLE), stride=stride) + 0.05 * torch.randn(shape, dtype=DOUBLE)
     weight.requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight], lr=1, max_iter=150, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight], lr=1, max_iter=80, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def closure():

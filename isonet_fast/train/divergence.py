@@ -12,7 +12,9 @@ class Diverged(RuntimeError):
     """The loss became infinite or NaN; the message names the step, the layer and the remedy."""
 
     def __init__(self, step: int, layer: str | None, more: str = "") -> None:
-        where = f"layer {layer!r} produced the first one" if layer else "every layer's output is finite, the loss is not"
+        where = (
+            f"layer {layer!r} produced the first one" if layer else "every layer's output is finite, the loss is not"
+        )
         super().__init__(f"non-finite loss at step {step}: {where}. Halve the learning rate.{more}")
         self.step, self.layer = step, layer
 

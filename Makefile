@@ -1,0 +1,67 @@
+# make demo and make test are all that a newcomer types. Everything else: `make help`.
+#
+# .venv is made on first use. A torch that the Python already has is reused (PYTHON=/path/to/python chooses it);
+# otherwise the pinned one is installed. The -gpu targets use the Python that holds the CUDA torch, and download nothing:
+#     make PYTHON=python3 test-gpu bench-gpu
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help demo test check kernels bench wheel test-gpu bench-gpu install-gpu faults clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
+
+demo: $(READY)  ## train a 32-layer network without normalisation on real digits, and time its step
+	$(BIN)/isonet-fast demo
+
+test: $(READY)  ## the whole suite, on the CPU
+	$(BIN)/python -m pytest tests
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+kernels: $(READY)  ## compile every kernel without a GPU: registers, spills, tensor-core instructions
+	$(BIN)/python tools/kernels.py
+
+bench: $(READY)  ## the CPU lines of the performance targets
+	$(BIN)/python -m benchmarks.run_all --device cpu
+
+wheel: $(READY)  ## dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+# A GPU machine may be offline and its torch is not ours to replace: nothing is downloaded, and a failing part does
+# not keep the next from running (make test-gpu bench-gpu).
+install-gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable .
+
+test-gpu: install-gpu  ## the op, layer and kernel tests on the GPU
+	-timeout 240 $(PYTHON) -m pytest tests --device cuda
+
+bench-gpu: install-gpu  ## every performance target, at most seven minutes on one H200
+	-timeout 420 $(PYTHON) -m benchmarks.run_all --device cuda
+
+# A file is the record of a finished environment: an interrupted one is made again.
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard CMakeLists.txt csrc/*)
+	@if ! $(BIN)/python -c '' 2>/dev/null; then \
+	  if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	    echo "reusing the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi; fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'numpy<2.4'; }
+	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/torch.txt
+	@grep -v '^torch==' constraints.txt >> $(VENV)/torch.txt
+	@echo "installing the rest and building the kernels"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt \
+	  'setuptools>=64' wheel ninja triton || echo "no Triton for this machine: its kernels are not tested"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint $(VENV)/torch.txt --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info isonet_fast/_C.so
