@@ -118,7 +118,7 @@ def orthogonality_loss(
     for w in weights[1:]:
         _check_device("every weight", w, "the first", weights[0])
     check_precision(precision)
-    problem = _orthogonality.Problem(layers, (1.0,) * len(layers), precision, (0, 1))
+    problem = _orthogonality.Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]
 
 

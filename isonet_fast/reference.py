@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,13 +67,13 @@ def orthogonality_loss(
     )
 
 
-def _layer_loss(weight: Tensor, stride, dilation, groups, penalty: str) -> Tensor:
+def _layer_loss(weight: Tensor, stride: Any, dilation: Any, groups: Any, penalty: str) -> Tensor:
     if penalty == "matrix":
         weight = weight.flatten(1)
     kernel = weight.shape[2:]
     s, e = ((v,) * len(kernel) if isinstance(v, int) else tuple(v) for v in (stride, dilation))
-    offsets = itertools.product(*(range(1 - k, k) for k in kernel))
-    offsets = [t for t in offsets if all(ei * ti % si == 0 for ei, ti, si in zip(e, t, s))]
+    every = itertools.product(*(range(1 - k, k) for k in kernel))
+    offsets = [t for t in every if all(ei * ti % si == 0 for ei, ti, si in zip(e, t, s))]
     total = weight.new_zeros(())
     for taps in weight.chunk(groups):  # (O/g, I/g, k...)
         outputs, inputs = taps.shape[:2]

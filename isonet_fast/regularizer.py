@@ -207,7 +207,7 @@ class OrthoRegularizer:
     def summary(self) -> Summary:
         """Every convolution and OrthoLinear: included or why not, its penalty (computed now) and its cost."""
         weights, problem = self._gather()
-        whole = problem._replace(shard=(0, 1))
+        whole = orthogonality.Problem(problem.layers, problem.coefficients, problem.precision)
         values = orthogonality.loss(weights, whole)[1].tolist() if weights else []
         computed = dict(zip(map(id, weights), zip(problem.layers, values, strict=True), strict=True))
         rows = {}

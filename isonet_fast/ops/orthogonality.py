@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,34 +30,37 @@ library.define(
 )
 
 
-class Problem(NamedTuple):
-    """What to compute, apart from the weights: hashable, so that plans are found by it."""
+class Problem:
+    """What to compute, apart from the weights. Kept by its user: plans are found by the identity of its tuples.
 
-    layers: tuple[Layer, ...]
-    coefficients: tuple[float, ...]
-    precision: str | None
-    shard: tuple[int, int]
+    part: (rank, number of ranks); a rank computes its share of the (layer, offset) units.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        coefficients: tuple[float, ...],
+        precision: str | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.layers, self.coefficients, self.precision, self.part = layers, coefficients, precision, part
+        self._offsets: tuple | None = None
+        self.arguments = (  # in the order of the schema, `stride` to `shard`
+            [s for layer in layers for s in layer.stride],
+            [e for layer in layers for e in layer.dilation],
+            [layer.groups for layer in layers],
+            [layer.penalty for layer in layers],
+            list(coefficients),
+            precision,
+            list(part),
+        )
 
     @property
     def offsets(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        return _offsets(self.layers, self.shard)
-
-    def arguments(self) -> tuple:
-        """In the order of the schema, `stride` to `shard`."""
-        return (
-            [s for layer in self.layers for s in layer.stride],
-            [e for layer in self.layers for e in layer.dilation],
-            [layer.groups for layer in self.layers],
-            [layer.penalty for layer in self.layers],
-            list(self.coefficients),
-            self.precision,
-            list(self.shard),
-        )
-
-
-@functools.lru_cache(maxsize=64)
-def _offsets(layers: tuple[Layer, ...], part: tuple[int, int]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return shard(layers, *part)
+        """Of each layer, what this rank computes."""
+        if self._offsets is None:
+            self._offsets = shard(self.layers, *self.part)
+        return self._offsets
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,7 +185,7 @@ torch.library.register_autograd("isonet_fast::orthogonality_loss", _backward, se
 def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
     save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    total, losses, _ = ops.orthogonality_loss(list(weights), *problem.arguments(), save)
+    total, losses, _ = ops.orthogonality_loss(list(weights), *problem.arguments, save)
     return total, losses
 
 

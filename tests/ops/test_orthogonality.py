@@ -153,7 +153,7 @@ def test_weights_that_need_no_gradient(device):
 def test_no_grad_keeps_nothing(device):
     weights, _ = network(device, torch.float32)
     problem = problem_of(weights[:1], "isonet")
-    assert ops.orthogonality_loss(weights[:1], *problem.arguments(), False)[2] == []
+    assert ops.orthogonality_loss(weights[:1], *problem.arguments, False)[2] == []
 
 
 def problem_of(weights, penalty, part=(0, 1), coefficients=None, stride=1):
@@ -185,9 +185,9 @@ def test_gradcheck(device):
 def test_opcheck(device):
     weights = [torch.randn(4, 4, 3, 3, device=device, requires_grad=True) for _ in range(2)]
     problem = problem_of(weights, "isonet", coefficients=[0.5, 2.0])
-    opcheck(ops.orthogonality_loss.default, (weights, *problem.arguments(), True))
-    loss, _, saved = ops.orthogonality_loss([w.detach() for w in weights], *problem.arguments(), True)
-    opcheck(ops.orthogonality_loss_backward.default, (loss, saved, [w.detach() for w in weights], *problem.arguments()))
+    opcheck(ops.orthogonality_loss.default, (weights, *problem.arguments, True))
+    loss, _, saved = ops.orthogonality_loss([w.detach() for w in weights], *problem.arguments, True)
+    opcheck(ops.orthogonality_loss_backward.default, (loss, saved, [w.detach() for w in weights], *problem.arguments))
 
 
 def test_compile_fullgraph_forward_and_backward(device):
@@ -242,7 +242,7 @@ def test_accumulate_grad_is_the_gradient_added(dtype, device):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 200])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 60])
 def test_shares_of_all_ranks_add_up(ranks, device):
     """Over (layer, offset) units: loss, each layer's penalty and every gradient, also with more ranks than units."""
     weights, _ = network(device)
@@ -250,7 +250,7 @@ def test_shares_of_all_ranks_add_up(ranks, device):
     whole = problem_of(weights, "lorth", stride=2)
     total, losses = orthogonality.loss(weights, whole)
     grads = torch.autograd.grad(total, weights)
-    parts = [whole._replace(shard=(rank, ranks)) for rank in range(ranks)]
+    parts = [problem_of(weights, "lorth", (rank, ranks), stride=2) for rank in range(ranks)]
     shares = [orthogonality.loss(weights, part) for part in parts]
     torch.testing.assert_close(sum(s[0] for s in shares), total, rtol=1e-12, atol=0)
     torch.testing.assert_close(sum(s[1] for s in shares), losses, rtol=1e-12, atol=1e-12)
