@@ -285,7 +285,7 @@ def test_summary_has_a_row_for_each_layer_in_the_order_of_the_network(device):
     expected = reference.orthogonality_loss(net[2].weight.double(), stride=2).item()
     assert rows[1].value == pytest.approx(expected, rel=1e-4)
     assert (rows[0].value, rows[2].value, rows[3].value) == (0, 0, 0)
-    # 3x3, stride 2, 4 rows (inputs), 8 columns; (0, 0), (0, 2), (2, -2), (2, 0), (2, 2) have 9, 3, 1, 3, 1 pairs of taps
+    # 3x3, stride 2, 4 rows (inputs), 8 columns: offsets 00, 02, 2-2, 20, 22 have 9, 3, 1, 3, 1 pairs of taps
     product = 2 * 4 * 4 * 8 / 1e9
     assert rows[1].gflop == pytest.approx(product * (2 * 9 + 3 * (3 + 1 + 3 + 1)), rel=1e-12)
     assert rows[2].gflop == pytest.approx(2 * 8**3 * 2 / 1e9, rel=1e-12)
