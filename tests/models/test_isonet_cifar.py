@@ -120,9 +120,7 @@ def test_depth_counts_the_weighted_layers(residual, depth, blocks):
     """6 n + 2: a stem, three stages of n blocks of two convolutions, the classifier (projections not counted)."""
     net = isonet_cifar(depth, residual)
     counted = [
-        name
-        for name, m in net.named_modules()
-        if isinstance(m, (nn.Conv2d, nn.Linear)) and not name.endswith(".proj")
+        name for name, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and not name.endswith(".proj")
     ]
     assert len(counted) == depth
     assert [len(stage) for stage in (net.s1, net.s2, net.s3)] == [blocks] * 3
@@ -159,7 +157,9 @@ def test_starts_as_published(residual):
             assert p.item() == 0
         elif p.dim() == 4:
             assert torch.equal(p, nn.init.dirac_(torch.empty_like(p))), name
-    assert sum(p.dim() == 4 and not n.endswith(("bias", "scale")) for n, p in net.named_parameters()) == 7 + 2 * residual
+    assert (
+        sum(p.dim() == 4 and not n.endswith(("bias", "scale")) for n, p in net.named_parameters()) == 7 + 2 * residual
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 16])
