@@ -17,8 +17,8 @@ DOUBLE = torch.float64
 
 def network():
     net = nn.Sequential(
-        nn.Conv2d(4, 6, 3, bias=False),
-        OrthoConv2d(6, 12, 3, stride=2, padding=1, penalty="lorth", bias=False),
+        nn.Conv2d(4, 2, 3, bias=False),
+        OrthoConv2d(2, 12, 3, stride=2, padding=1, penalty="lorth", bias=False),  # its constant, 2, counts once
         OrthoConv2d(12, 4, 1, penalty="matrix", bias=False),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

@@ -165,6 +165,25 @@ def test_divergence_stops_with_step_layer_and_remedy():
     assert "halve the learning rate" in str(error).lower()
 
 
+class BreaksAt(nn.Module):
+    """Finite until the given call."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.calls = call, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls < self.call else x * float("inf")
+
+
+def test_divergence_counts_the_steps_of_the_whole_training():
+    """Three steps and one evaluation per epoch: the fifth call is step 4."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10), BreaksAt(5))
+    with pytest.raises(Diverged, match=r"step 4: layer '2'"):
+        list(demo.train(model, OrthoRegularizer(model), few_digits(), 2, 0.001))
+
+
 def test_divergence_in_the_command_is_one_line_and_exit_code_1(small, tmp_path, capsys):
     (tmp_path / "summary.json").write_text("former")
     assert cli.main(["demo", "--lr", "1e6", "--epochs", "1", "--output", str(tmp_path)]) == 1
