@@ -12,7 +12,6 @@ from torch import nn
 from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear, OrthoRegularizer, SReLU, reference
 
 DOUBLE = torch.float64
-ALL = lambda name, module: True  # noqa: E731
 # loss and gradient against the float64 reference: DESIGN 2.4 on the GPU, rounding of float32 GEMMs on the CPU
 TOLERANCE = {
     ("cpu", DOUBLE): (1e-12, 1e-12),

@@ -12,6 +12,13 @@ DOUBLE = torch.float64
 both_kinds = pytest.mark.parametrize("residual", [False, True])
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """On a GPU too: no TF32, and the same bits for the same input."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
 def network(residual, depth=14, dtype=DOUBLE, **kwargs):
     """Away from its initial values: biases so high that SReLU bends, scales away from 0, no convolution a delta."""
     net = isonet_cifar(depth, residual, width=4, **kwargs)
@@ -211,7 +218,7 @@ def test_channels_last_is_the_same_function(residual, device):
     last = network(residual).to(device, memory_format=torch.channels_last)
     assert last.s1.b1.f.a.weight.is_contiguous(memory_format=torch.channels_last)
     got, got_grads = gradients(last, x.to(memory_format=torch.channels_last))
-    assert_close([got, *got_grads], [logits, *grads], 1e-12)
+    assert_close([got, *got_grads], [logits, *grads], 1e-11)
     hidden = last.s1(last.stem(x.to(memory_format=torch.channels_last)))
     assert hidden.is_contiguous(memory_format=torch.channels_last)
 

@@ -21,6 +21,13 @@ LAYERS = {
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """On a GPU too: no TF32, and the same bits for the same input."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
 def state(layer):
     return {name: (tuple(t.shape), t.dtype, t.tolist()) for name, t in layer.state_dict().items()}
 
