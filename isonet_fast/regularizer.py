@@ -148,11 +148,12 @@ class OrthoRegularizer:
     def __call__(self) -> Tensor:
         """sum of coeff * penalty, 0-dim, differentiable once. Under gradient accumulation add it to the last
         micro-batch's loss only."""
-        if not self._due() or not self._included:
-            return self._zero().requires_grad_(torch.is_grad_enabled())  # so that reg().backward() works every time
-        weights, problem = self._gather()
-        total, self._losses = orthogonality.loss(weights, problem)
-        return total
+        if self._due():
+            weights, problem = self._gather()
+            total, self._losses = orthogonality.loss(weights, problem)
+            if weights:
+                return total
+        return self._zero().requires_grad_(torch.is_grad_enabled())  # so that reg().backward() works every time
 
     @torch.no_grad()
     def accumulate_grad_(self, grad_scale: float = 1.0) -> Tensor:
@@ -164,7 +165,7 @@ class OrthoRegularizer:
 
         Raises RuntimeError where it comes after that backward.
         """
-        if not self._due() or not self._included:
+        if not self._due():
             return self._zero()
         weights, problem = self._gather()
         if self._shard_group is not None:
@@ -172,9 +173,10 @@ class OrthoRegularizer:
         for weight in weights:
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        # a frozen weight counts in the value; a gradient left from before it was frozen is not touched
+        grads = [w.grad if w.requires_grad and w.grad is not None else torch.zeros_like(w) for w in weights]
         total, self._losses = orthogonality.accumulate_grad_(weights, grads, problem, grad_scale)
-        return total
+        return total if weights else self._zero()
 
     def _watch_backward(self) -> None:
         """Note for each weight at which version a synchronising backward has run over it."""
@@ -189,11 +191,16 @@ class OrthoRegularizer:
                 weight.register_post_accumulate_grad_hook(note)
 
     def _check_order(self, weights: list[nn.Parameter]) -> None:
-        """An optimizer step changes the version; a gradient left from before it does not count."""
-        if any(w.grad is not None and self._synchronised.get(id(w)) == w._version for w in weights):
+        """A gradient of an earlier step does not count: an optimizer step changes the weight's version.
+
+        A fused optimizer does not, and a gradient scaler may leave the step out. Then cleared gradients tell, and only
+        then is the device asked for a value.
+        """
+        stale = [w.grad for w in weights if w.grad is not None and self._synchronised.get(id(w)) == w._version]
+        if stale and torch.stack([grad.any() for grad in stale]).any():
             raise RuntimeError(
                 "accumulate_grad_() with shard_group must come before the backward that synchronises the gradients, "
-                "but a backward has already run since the last optimizer step; call it before loss.backward() "
+                "but a backward has already run since the gradients were cleared; call it before loss.backward() "
                 "(under gradient accumulation: before the last one, and give the regularizer the "
                 "DistributedDataParallel module, so that no_sync() is noticed)"
             )
@@ -269,7 +276,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         if name.rpartition(".")[2] == "srelu_bias":
             srelu.append(parameter)
         else:
-            (shared if id(parameter) in scales or ".shared_scalar." in name else other).append(parameter)
+            (shared if id(parameter) in scales or ".shared_scalar." in f".{name}" else other).append(parameter)
     groups = [
         {"params": other, "lr": lr, "weight_decay": weight_decay},
         {"params": srelu, "lr": lr, "weight_decay": 0.0},

@@ -5,6 +5,8 @@ Same constructor, state_dict and behaviour as the torch.nn parent, plus `penalty
 
 from __future__ import annotations
 
+import inspect
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,11 +31,31 @@ class _Orthogonal:
         self.penalty = penalty  # read by reset_parameters, which the parent's constructor calls
         super().__init__(*args, **kwargs)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the parent's arguments and `penalty` in `help` and `inspect.signature`."""
+        super().__init_subclass__(**kwargs)
+        if _Orthogonal not in cls.__bases__:
+            return  # a layer's subclass says itself what it takes
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            _Orthogonal.__init__(self, *args, **kwargs)
+
+        parent, own = (inspect.signature(vars(base)["__init__"]) for base in (cls.__bases__[1], _Orthogonal))
+        arguments = [*parent.parameters.values(), own.parameters["penalty"]]
+        __init__.__signature__ = parent.replace(parameters=arguments)  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[method-assign]
+
     def reset_parameters(self) -> None:
         """Delta weight, zero bias. The stride cell is used where "lorth" rewards it (`init.delta_`)."""
-        init.delta_(self.weight, self.groups, self.stride if self.penalty == "lorth" else 1)
+        init.delta_(self.weight, self.groups, self._cell() if self.penalty == "lorth" else 1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def _cell(self) -> Any:
+        """The stride as the taps see it: taps whose distance is a multiple of s / gcd(e, s) read the same phase."""
+        if isinstance(self.stride, int):  # a linear layer
+            return 1
+        return tuple(s // math.gcd(e, s) for s, e in zip(self.stride, self.dilation, strict=True))
 
     def orthogonality_loss(self) -> Tensor:
         """The penalty of this layer, a 0-dim tensor (`functional.orthogonality_loss`); 0 for penalty=None."""

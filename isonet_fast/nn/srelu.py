@@ -59,15 +59,15 @@ class SharedScale(nn.Module):
         self.scale = nn.Parameter(torch.full((1, 1, 1, 1), init, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
+        return x * self.scale.view([1] * x.dim())
 
-    def fold(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    def fold(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
         """s * conv(x), computed as one convolution with the weight s W, which is formed in float32.
 
         Same values and gradients as scaling the output, but neither the unscaled output nor a pass over it is needed.
         """
-        wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        scale = self.scale.to(wide)
-        weight = (scale * conv.weight.to(wide)).to(conv.weight.dtype)
-        bias = None if conv.bias is None else (scale.view(()) * conv.bias.to(wide)).to(conv.bias.dtype)
-        return conv._conv_forward(x, weight, bias)
+        weight, bias = conv.weight, conv.bias  # read once: a parametrized weight is computed at every reading
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = self.scale.to(wide).view(())
+        scaled = (scale * weight.to(wide)).to(weight.dtype)
+        return conv._conv_forward(x, scaled, None if bias is None else (scale * bias.to(wide)).to(bias.dtype))

@@ -148,10 +148,11 @@ def run(epochs: int = 20, output: Path = Path("runs/demo"), seed: int = 0, lr: f
     """Train, time, write summary.json and training.png to `output`, print a table; returns the summary."""
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    try:
-        import matplotlib  # noqa: F401  before minutes of training, not after
+    try:  # what can fail fails before minutes of training, not after
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("the demo draws with matplotlib: pip install 'isonet_fast[demo]'") from error
+    output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels, *test = (part.to(device) for part in digits(seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +13,9 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same directory; renamed to `path` when the block ends well, removed when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
+        temporary.touch(exist_ok=False)  # with the rights of any new file, which `tempfile` would withhold from others
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

@@ -1,0 +1,169 @@
+"""The package as users meet it: public names, typing, imports with Triton or PyTorch missing."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import isonet_fast
+
+PACKAGE = Path(isonet_fast.__file__).parent
+
+# DESIGN section 4
+NAMES = [
+    "functional.srelu",
+    "functional.residual_srelu",
+    "functional.orthogonality_loss",
+    "OrthoConv1d",
+    "OrthoConv2d",
+    "OrthoConv3d",
+    "OrthoLinear",
+    "SReLU",
+    "ResidualSReLU",
+    "SharedScale",
+    "OrthoRegularizer",
+    "param_groups",
+    "models.isonet_cifar",
+    "init.delta_",
+    "reference.srelu",
+    "reference.residual_srelu",
+    "reference.orthogonality_loss",
+    "info",
+]
+ARGUMENTS = {
+    "functional.srelu": ["x", "bias", "inplace"],
+    "functional.residual_srelu": ["shortcut", "branch", "bias", "scale"],
+    "functional.orthogonality_loss": ["weights", "stride", "dilation", "groups", "penalty", "precision"],
+    "SReLU": ["num_channels", "init", "inplace"],
+    "ResidualSReLU": ["num_channels", "init"],
+    "SharedScale": ["init"],
+    "OrthoRegularizer": ["model", "coeff", "penalty", "filter", "interval", "shard_group", "precision"],
+    "param_groups": ["model", "lr", "weight_decay"],
+    "models.isonet_cifar": ["depth", "residual", "width", "num_classes", "in_channels"],
+    "init.delta_": ["weight", "groups", "stride"],
+}
+
+
+def lookup(name):
+    value = isonet_fast
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name_is_there_and_documented(name):
+    assert inspect.getdoc(lookup(name))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments_are_those_of_the_design(name):
+    """In this order; what follows them is optional."""
+    parameters = inspect.signature(lookup(name)).parameters
+    assert list(parameters)[: len(ARGUMENTS[name])] == ARGUMENTS[name]
+    further = list(parameters.values())[len(ARGUMENTS[name]) :]
+    assert all(p.default is not inspect.Parameter.empty for p in further)
+
+
+def test_all_names_everything_public_and_nothing_else():
+    for name in isonet_fast.__all__:
+        assert getattr(isonet_fast, name) is not None
+    assert {name.split(".")[0] for name in NAMES} <= set(isonet_fast.__all__)
+    assert not hasattr(isonet_fast, "torch")
+
+
+def test_is_typed():
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_works_without_triton():
+    """Import, both ops and their gradients, the regularizer, and info()."""
+    code = """
+import isonet_fast, torch
+assert "triton" not in sys.modules
+x = torch.randn(2, 3, 4, 4, requires_grad=True)
+isonet_fast.SReLU(3)(x).sum().backward()
+net = isonet_fast.models.isonet_cifar(8, width=4)
+net(x).sum().backward()
+isonet_fast.OrthoRegularizer(net).accumulate_grad_()
+isonet_fast.OrthoRegularizer(net)().backward()
+isonet_fast.info()
+assert "triton" not in sys.modules
+"""
+    result = python(BLOCK.format(package="triton") + code)
+    assert result.returncode == 0, result.stderr
+    assert "orthogonality_loss on cpu" in result.stdout
+
+
+def test_without_torch_the_error_names_pytorch():
+    result = python(BLOCK.format(package="torch") + "import isonet_fast")
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: isonet_fast needs PyTorch 2.11 or newer") and "pytorch.org" in last
+
+
+def test_importing_needs_no_optional_package():
+    """scikit-learn, matplotlib and torchvision belong to commands; numpy, yaml and tqdm are dependencies."""
+    code = "import sys, isonet_fast; print([m for m in ('sklearn', 'matplotlib', 'torchvision') if m in sys.modules])"
+    result = python(code)
+    assert result.stdout == "[]\n", result.stderr
+
+
+def imports(path):
+    """Absolute names of the modules that a file imports at its top level."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+            prefix = base[: len(base) - node.level] if node.level else []
+            stem = ".".join([*prefix, *([node.module] if node.module else [])])
+            yield stem
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+# DESIGN section 5: train -> models, nn, regularizer -> functional -> ops -> kernels
+FORBIDDEN = {
+    "reference.py": ["isonet_fast"],
+    "geometry.py": ["isonet_fast", "torch"],
+    "kernels": ["isonet_fast.ops", "isonet_fast.functional", "isonet_fast.nn", "isonet_fast.models"],
+    "ops": ["isonet_fast.functional", "isonet_fast.nn", "isonet_fast.models", "isonet_fast.regularizer", "triton"],
+    "functional.py": ["isonet_fast.nn", "isonet_fast.models", "isonet_fast.regularizer", "isonet_fast.train"],
+    "nn": ["isonet_fast.models", "isonet_fast.regularizer", "isonet_fast.train", "isonet_fast.ops"],
+    "models": ["isonet_fast.train", "isonet_fast.ops"],
+    "regularizer.py": ["isonet_fast.models", "isonet_fast.train"],
+    "init.py": ["isonet_fast.nn", "isonet_fast.models", "isonet_fast.train"],
+}
+
+
+@pytest.mark.parametrize("part", FORBIDDEN)
+def test_imports_go_one_way(part):
+    files = [PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    for file in files:
+        for name in imports(file):
+            for forbidden in FORBIDDEN[part]:
+                assert name != forbidden and not name.startswith(f"{forbidden}."), f"{file.name} imports {name}"
+
+
+def test_triton_is_imported_in_kernels_alone():
+    for file in PACKAGE.rglob("*.py"):
+        if file.relative_to(PACKAGE).parts[0] != "kernels":
+            assert not any(name.partition(".")[0] == "triton" for name in imports(file)), file
