@@ -58,7 +58,13 @@ std::optional<Extent> extent_of(const Tensor& x) {
   return Extent{numel / (channels * x.stride(1)), channels, x.stride(1)};
 }
 
-Tensor dense(const Tensor& x) { return extent_of(x) ? x : torch::stable::contiguous(x); }
+// x itself, or a copy without gaps: empty_like keeps the order of the dimensions, as the fakes in Python do.
+Tensor dense(const Tensor& x) {
+  if (extent_of(x)) return x;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
 
 bool same_layout(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)

@@ -60,6 +60,12 @@ struct Partition {
   Divide by_plane, by_inner, by_channels, by_tiles;
 
   ISONET_FAST_BOTH int64_t blocks() const { return splits * tiles; }
+  // One thread per value that a block of finish_kernel adds, in whole warps.
+  int finish_threads(bool sums_scale) const {
+    int64_t values = splits == 0 ? 0 : splits * repeats * ((inner - 1) / tile_width + 2);
+    if (sums_scale && blocks() > values) values = blocks();
+    return values < 32 ? 32 : values > kThreads ? kThreads : static_cast<int>((values + 31) / 32 * 32);
+  }
   int shared_values() const { return planes ? 32 : 32 + tile_rows * tile_columns * vector; }
 };
 

@@ -33,7 +33,7 @@ struct ResidualSReLUBackward {
     out[0] = g;
     out[1] = s * g;
     grad_bias += passes ? A(0) : in[0];
-    grad_scale += passes ? in[0] * in[2] : A(0);
+    grad_scale += g * in[2];
   }
 };
 
