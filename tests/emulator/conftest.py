@@ -68,11 +68,12 @@ def emulator_build() -> pathlib.Path:
 
 
 def run_checks(module: pathlib.Path, *options: str, planted: str = "") -> subprocess.CompletedProcess:
-    """emulator_checks.py in its own process, AddressSanitizer's runtime loaded first."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    """emulator_checks.py in its own process, AddressSanitizer's runtime loaded first (and what it intercepts)."""
+    find = ["g++", "-print-file-name=libasan.so"], ["g++", "-print-file-name=libstdc++.so"]
+    runtime = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in find]
     environment = dict(
         os.environ,
-        LD_PRELOAD=str(pathlib.Path(runtime).resolve()),
+        LD_PRELOAD=" ".join(str(pathlib.Path(path).resolve()) for path in runtime),
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
         EMULATOR_PLANTED=planted,
         OMP_NUM_THREADS="1",

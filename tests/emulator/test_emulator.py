@@ -66,5 +66,5 @@ def test_partition_of_any_size(emulator: ModuleType, vector: int, sums: bool) ->
             if p["length"] > 1:  # a thread's columns keep their channels from row to row
                 assert p["columns"] * vector % (channels * inner) == 0, (extent, p)
         partial_rows = p["splits"] * p["tiles"] * p["slots"]
-        if sums and numel * 2 >= 1 << 20:
-            assert partial_rows * 4 <= numel * 2 / 8, (extent, p)  # a small part of even a half tensor's traffic
+        if sums and numel >= 2**19:  # a small part of the traffic, unless the gradient of the bias itself is not
+            assert partial_rows <= max(numel / 16, 2 * channels), (extent, p)
