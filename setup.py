@@ -73,11 +73,9 @@ class BuildKernels(build_ext):
                 reason = f"the build failed (its output is above): {error.cmd[0]} returned {error.returncode}"
         if demanded():
             raise RuntimeError(f"isonet_fast: the compiled kernels were demanded, but {reason}")
-        print(
-            f"isonet_fast: installing without compiled kernels ({reason}); with torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer, "
-            "cmake and a C++ compiler installed, build them with: pip install --no-build-isolation .",
-            file=sys.stderr,
-        )
+        needs = f"with torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer, cmake and a C++ compiler installed, build them with"
+        command = "pip install --no-build-isolation ."
+        print(f"isonet_fast: installing without compiled kernels ({reason}); {needs}: {command}", file=sys.stderr)
 
     def cmake(self, output: pathlib.Path) -> None:
         cmake, ninja = executable("cmake"), executable("ninja")

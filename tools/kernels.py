@@ -42,7 +42,11 @@ def show(table: list[dict]) -> None:
     lines = [COLUMNS, *(tuple(str(row[column]) for column in COLUMNS) for row in table)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     for line in lines:
-        print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))))
+        print(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+            )
+        )
 
 
 if __name__ == "__main__":

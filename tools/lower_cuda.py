@@ -73,7 +73,9 @@ def lower(source: str, arch: int) -> list[dict]:
             raise RuntimeError(f"nvcc failed on {source} for sm_{arch}:\n{done.stderr}")
         # Triton's cuobjdump calls the nvdisasm beside it.
         environment = dict(os.environ, PATH=f"{pathlib.Path(str(cuobjdump())).parent}:{os.environ['PATH']}")
-        sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True, env=environment).stdout
+        sass = subprocess.run(
+            [cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True, env=environment
+        ).stdout
     return [{**row, **instructions(sass, mangled)} for mangled, row in resources(done.stderr, arch).items()]
 
 
@@ -103,7 +105,9 @@ def resources(log: str, arch: int) -> dict[str, dict]:
 def readable(mangled: str) -> tuple[str, int]:
     """`planes_kernel<bfloat16, 8, SReLUBackward>` and its vector width (0 for a kernel that walks no tensor)."""
     types = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
-    walk = re.match(r"_ZN11isonet_fast\d+([a-z]+_kernel)I(f|d|6__half|13__nv_bfloat16)(?:Li(\d+)ENS_\d+(\w+?)EE)?", mangled)
+    walk = re.match(
+        r"_ZN11isonet_fast\d+([a-z]+_kernel)I(f|d|6__half|13__nv_bfloat16)(?:Li(\d+)ENS_\d+(\w+?)EE)?", mangled
+    )
     assert walk is not None, mangled
     kernel, element, vector, formula = walk.groups()
     if vector is None:

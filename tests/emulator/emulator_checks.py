@@ -91,7 +91,7 @@ class Case:
     def __init__(self, extent: tuple, dtype: str, parameter_dtype: str, misaligned: bool = False) -> None:
         self.extent, self.dtype, self.parameter_dtype, self.misaligned = extent, dtype, parameter_dtype, misaligned
         self.random = np.random.default_rng(hash((*extent, len(dtype))) % 2**32)
-        outer, channels, inner = extent
+        _, channels, _ = extent
         self.bias = store(self.random.normal(-0.2, 0.5, channels), parameter_dtype)
         self.b = value(store(value(self.bias, parameter_dtype), dtype), dtype)[None, :, None]
         self.scale = store(np.array([0.7]), parameter_dtype)
@@ -101,7 +101,9 @@ class Case:
         x = self.random.standard_normal(self.extent)
         if special and x.size:
             flat = x.reshape(-1)
-            flat[:: max(1, x.size // 5)] = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 2.0])[: len(flat[:: max(1, x.size // 5)])]
+            flat[:: max(1, x.size // 5)] = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 2.0])[
+                : len(flat[:: max(1, x.size // 5)])
+            ]
         out = empty(self.extent, self.dtype, self.misaligned)
         out[:] = store(x, self.dtype)
         if special and x.size:  # ties
@@ -126,7 +128,11 @@ class Case:
         expected, magnitude = terms.sum(axes), np.abs(terms).sum(axes)
         unit = 2.0**-53 if self.dtype == "float64" else 2.0**-24
         rounding = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-        bound = 16 * unit * magnitude + rounding[self.parameter_dtype] * np.abs(expected) + 1e-7 * (self.parameter_dtype == "float16")
+        bound = (
+            16 * unit * magnitude
+            + rounding[self.parameter_dtype] * np.abs(expected)
+            + 1e-7 * (self.parameter_dtype == "float16")
+        )
         error = np.abs(value(got, self.parameter_dtype).astype(np.float64).reshape(expected.shape) - expected)
         assert (error <= bound).all(), f"{what} of {self}: error {error.max():.2e}, allowed {np.max(bound):.2e}"
 
@@ -139,7 +145,9 @@ def traffic(module: ModuleType, case: Case, reads: int, writes: int, workspace: 
     counted = module.traffic()
     size = int(np.prod(case.extent)) * np.dtype(NUMPY[case.dtype]).itemsize
     assert counted["read"] == reads * size, f"{what} of {case} reads {counted['read']} B of its inputs' {reads * size}"
-    assert counted["written"] == writes * size, f"{what} of {case} writes {counted['written']} B, outputs {writes * size}"
+    assert counted["written"] == writes * size, (
+        f"{what} of {case} writes {counted['written']} B, outputs {writes * size}"
+    )
     assert counted["partials_written"] <= workspace, f"{what} of {case}: partial sums overflow the workspace"
     assert counted["partials_read"] <= counted["partials_written"], f"{what} of {case} reads partial sums twice"
     assert counted["launches"] <= (2 if workspace else 1), f"{what} of {case}: {counted['launches']} launches"

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 
 import pytest
-from conftest import ROOT, build, obstacle, run_checks
+from emulator_build import ROOT, build, obstacle, run_checks
 
 # name: (file, text in the source, its replacement)
 BUGS = {
