@@ -73,7 +73,7 @@ class BuildKernels(build_ext):
                 reason = f"the build failed (its output is above): {error.cmd[0]} returned {error.returncode}"
         if demanded():
             raise RuntimeError(f"isonet_fast: the compiled kernels were demanded, but {reason}")
-        needs = f"with torch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or newer, cmake and a C++ compiler installed, build them with"
+        needs = f"with torch {'.'.join(map(str, TORCH_FLOOR))} or newer, cmake and a C++ compiler, build them with"
         command = "pip install --no-build-isolation ."
         print(f"isonet_fast: installing without compiled kernels ({reason}); {needs}: {command}", file=sys.stderr)
 
