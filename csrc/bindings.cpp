@@ -1,0 +1,269 @@
+// Every operator schema of this library, and the way from tensors to the launchers; no kernels.
+//
+// Built on the LibTorch stable ABI, so one library serves every Python and every torch from 2.11 on, with or
+// without CUDA: on a CPU-only torch the one CUDA symbol needed here, declared weak, is simply null.
+// The same function implements an op at both keys. Fakes and autograd are registered from Python.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "residual_srelu.h"
+#include "srelu.h"
+
+#ifdef ISONET_FAST_CUDA
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace {
+
+using isonet_fast::DType;
+using isonet_fast::Extent;
+using isonet_fast::Parameter;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Double: return DType::float64;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, float16 or bfloat16");
+  }
+}
+
+// The three numbers of tensor.h, or nothing if the tensor has gaps or overlaps.
+std::optional<Extent> extent_of(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size); a dimension of size 1 has no stride to speak of
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  const int64_t channels = x.size(1), numel = x.numel();
+  if (numel == 0) return Extent{0, channels, 1};
+  std::sort(dims.begin(), dims.end());
+  int64_t dense = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != dense) return std::nullopt;
+    dense *= size;
+  }
+  if (channels == 1) return Extent{1, 1, numel};
+  return Extent{numel / (channels * x.stride(1)), channels, x.stride(1)};
+}
+
+// x itself, or a copy without gaps: empty_like keeps the order of the dimensions, as the fakes in Python do.
+Tensor dense(const Tensor& x) {
+  if (extent_of(x)) return x;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// `source` in the memory order of `like`: under channels_last a gradient can arrive as NCHW or expanded.
+Tensor relaid(const Tensor& source, const Tensor& like) {
+  if (same_layout(source, like)) return source;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, source);
+  return copy;
+}
+
+void check_same(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.sizes().equals(x.sizes()), name, " must have the shape of the other tensors");
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of the other tensors");
+  STD_TORCH_CHECK(tensor.device() == x.device(), name, " must be on the device of the other tensors");
+}
+
+void check_parameter(const Tensor& parameter, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(parameter.scalar_type() == x.scalar_type() || parameter.scalar_type() == ScalarType::Float, name,
+                  " must have the dtype of the input or be float32");
+  STD_TORCH_CHECK(parameter.device() == x.device(), name, " must be on the device of the input");
+}
+
+void check_bias(const Tensor& x, const Tensor& bias) {
+  STD_TORCH_CHECK(x.dim() >= 2, "the input must be (N, C, ...), but it has ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1), "bias must be (C,) with C = ", x.size(1));
+  check_parameter(bias, x, "bias");
+}
+
+void check_scale(const Tensor& x, const Tensor& scale) {
+  STD_TORCH_CHECK(scale.numel() == 1, "scale must have one element, but it has ", scale.numel());
+  check_parameter(scale, x, "scale");
+}
+
+Parameter parameter(const Tensor& tensor) { return {tensor.const_data_ptr(), dtype_of(tensor, "a parameter")}; }
+
+#ifdef ISONET_FAST_CUDA
+cudaStream_t current_stream(const Tensor& x) {
+  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+void check_launch(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "isonet_fast: CUDA error: ", cudaGetErrorString(error));
+}
+
+Tensor workspace(const Tensor& x, int64_t bytes) {
+  const std::vector<int64_t> size{bytes};
+  return torch::stable::new_empty(x, size, ScalarType::Byte);
+}
+#endif
+
+// One overload per launcher: to the GPU on the current stream, or to the CPU.
+void launch(const Tensor& x, const isonet_fast::SReLUForwardArgs& args) {
+#ifdef ISONET_FAST_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    return check_launch(isonet_fast::cuda::srelu_forward(args, current_stream(x)));
+  }
+#endif
+  isonet_fast::cpu::srelu_forward(args);
+}
+
+void launch(const Tensor& x, const isonet_fast::ResidualSReLUForwardArgs& args) {
+#ifdef ISONET_FAST_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    return check_launch(isonet_fast::cuda::residual_srelu_forward(args, current_stream(x)));
+  }
+#endif
+  isonet_fast::cpu::residual_srelu_forward(args);
+}
+
+void launch(const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
+#ifdef ISONET_FAST_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const Tensor partials = workspace(x, isonet_fast::cuda::srelu_backward_workspace(args));
+    return check_launch(isonet_fast::cuda::srelu_backward(args, partials.mutable_data_ptr(), current_stream(x)));
+  }
+#endif
+  isonet_fast::cpu::srelu_backward(args);
+}
+
+void launch(const Tensor& x, const isonet_fast::ResidualSReLUBackwardArgs& args) {
+#ifdef ISONET_FAST_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    const Tensor partials = workspace(x, isonet_fast::cuda::residual_srelu_backward_workspace(args));
+    return check_launch(isonet_fast::cuda::residual_srelu_backward(args, partials.mutable_data_ptr(), current_stream(x)));
+  }
+#endif
+  isonet_fast::cpu::residual_srelu_backward(args);
+}
+
+// y may be x itself. Both dense, in one memory order.
+void srelu_into(const Tensor& x, const Tensor& bias, const Tensor& y) {
+  launch(x, isonet_fast::SReLUForwardArgs{dtype_of(x, "x"), *extent_of(x), x.const_data_ptr(), parameter(bias),
+                                          y.mutable_data_ptr()});
+}
+
+Tensor srelu(Tensor x, Tensor bias) {
+  check_bias(x, bias);
+  x = dense(x);
+  Tensor y = torch::stable::empty_like(x);
+  srelu_into(x, torch::stable::contiguous(bias), y);
+  return y;
+}
+
+void srelu_(Tensor x, Tensor bias) {
+  check_bias(x, bias);
+  const Tensor y = dense(x);
+  srelu_into(y, torch::stable::contiguous(bias), y);
+  if (y.data_ptr() != x.data_ptr()) torch::stable::copy_(x, y);
+}
+
+std::tuple<Tensor, Tensor> srelu_backward(Tensor grad_output, Tensor output, Tensor bias) {
+  check_bias(output, bias);
+  check_same(grad_output, output, "grad_output");
+  const Tensor y = dense(output), g = relaid(grad_output, y), b = torch::stable::contiguous(bias);
+  Tensor grad_x = torch::stable::empty_like(y), grad_bias = torch::stable::empty_like(b);
+  launch(y, isonet_fast::SReLUBackwardArgs{dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(),
+                                           parameter(b), grad_x.mutable_data_ptr(), grad_bias.mutable_data_ptr()});
+  return {grad_x, grad_bias};
+}
+
+// y may be the branch itself. All three dense, in one memory order.
+void residual_srelu_into(const Tensor& shortcut, const Tensor& branch, const Tensor& bias,
+                         const std::optional<Tensor>& scale, const Tensor& y) {
+  launch(branch, isonet_fast::ResidualSReLUForwardArgs{
+                     dtype_of(branch, "branch"), *extent_of(branch), shortcut.const_data_ptr(), branch.const_data_ptr(),
+                     parameter(bias), scale ? parameter(*scale) : Parameter{}, y.mutable_data_ptr()});
+}
+
+void check_join(const Tensor& shortcut, const Tensor& branch, const Tensor& bias, const std::optional<Tensor>& scale) {
+  check_bias(branch, bias);
+  check_same(shortcut, branch, "shortcut");
+  if (scale) check_scale(branch, *scale);
+}
+
+Tensor residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, std::optional<Tensor> scale) {
+  check_join(shortcut, branch, bias, scale);
+  shortcut = dense(shortcut);
+  Tensor y = torch::stable::empty_like(shortcut);
+  residual_srelu_into(shortcut, relaid(branch, shortcut), torch::stable::contiguous(bias), scale, y);
+  return y;
+}
+
+void residual_srelu_(Tensor shortcut, Tensor branch, Tensor bias, std::optional<Tensor> scale) {
+  check_join(shortcut, branch, bias, scale);
+  const Tensor y = dense(branch);
+  residual_srelu_into(relaid(shortcut, y), y, torch::stable::contiguous(bias), scale, y);
+  if (y.data_ptr() != branch.data_ptr()) torch::stable::copy_(branch, y);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch,
+                                                                   Tensor bias, Tensor scale) {
+  check_bias(output, bias);
+  check_same(grad_output, output, "grad_output");
+  check_same(branch, output, "branch");
+  check_scale(output, scale);
+  const Tensor y = dense(output), g = relaid(grad_output, y), h = relaid(branch, y);
+  const Tensor b = torch::stable::contiguous(bias);
+  Tensor grad_shortcut = torch::stable::empty_like(y), grad_branch = torch::stable::empty_like(y);
+  Tensor grad_bias = torch::stable::empty_like(b), grad_scale = torch::stable::empty_like(scale);
+  launch(y, isonet_fast::ResidualSReLUBackwardArgs{
+                dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(), h.const_data_ptr(),
+                parameter(b), parameter(scale), grad_shortcut.mutable_data_ptr(), grad_branch.mutable_data_ptr(),
+                grad_bias.mutable_data_ptr(), grad_scale.mutable_data_ptr()});
+  return {grad_shortcut, grad_branch, grad_bias, grad_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(isonet_fast, m) {
+  m.def("srelu(Tensor x, Tensor bias) -> Tensor");
+  m.def("srelu_(Tensor(a!) x, Tensor bias) -> ()");
+  m.def("srelu_backward(Tensor grad_output, Tensor output, Tensor bias) -> (Tensor, Tensor)");
+  m.def("residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, Tensor? scale) -> Tensor");
+  m.def("residual_srelu_(Tensor shortcut, Tensor(a!) branch, Tensor bias, Tensor? scale) -> ()");
+  m.def("residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch, Tensor bias, Tensor scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+#define ISONET_FAST_IMPLEMENT(m)                                          \
+  m.impl("srelu", TORCH_BOX(&srelu));                                     \
+  m.impl("srelu_", TORCH_BOX(&srelu_));                                   \
+  m.impl("srelu_backward", TORCH_BOX(&srelu_backward));                   \
+  m.impl("residual_srelu", TORCH_BOX(&residual_srelu));                   \
+  m.impl("residual_srelu_", TORCH_BOX(&residual_srelu_));                 \
+  m.impl("residual_srelu_backward", TORCH_BOX(&residual_srelu_backward))
+
+STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CPU, m) { ISONET_FAST_IMPLEMENT(m); }
+#ifdef ISONET_FAST_CUDA
+STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CUDA, m) { ISONET_FAST_IMPLEMENT(m); }
+#endif

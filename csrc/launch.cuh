@@ -1,0 +1,94 @@
+// From a call (dtype, extent, pointers) to kernels on a stream: choose the element type, the vector width, the
+// walk; launch; check. Nothing here waits for the GPU or allocates, so a call can be captured in a CUDA graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "walk.cuh"
+
+namespace isonet_fast {
+
+struct Call {
+  DType dtype;
+  Extent extent;
+  const void* in[3];
+  void* out[2];
+  Parameter bias;
+  Parameter scale;
+  Gradient grad_bias;
+  Gradient grad_scale;
+};
+
+template <class Formula>
+Partition partition_of(const Call& call) {
+  bool aligned = true;
+  for (int k = 0; k < Formula::kReads; ++k) aligned = aligned && reinterpret_cast<uintptr_t>(call.in[k]) % 16 == 0;
+  for (int k = 0; k < Formula::kWrites; ++k) aligned = aligned && reinterpret_cast<uintptr_t>(call.out[k]) % 16 == 0;
+  const int vector = aligned ? static_cast<int>(16 / size_of(call.dtype)) : 1;
+  return make_partition(call.extent, vector, Formula::kSumsBias);
+}
+
+inline int64_t size_of_sum(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
+template <class Formula>
+int64_t workspace_bytes(const Call& call) {
+  if (call.extent.numel() == 0) return 0;
+  const Partition p = partition_of<Formula>(call);
+  return (p.blocks() * p.slots + (Formula::kSumsScale ? p.blocks() : 0)) * size_of_sum(call.dtype);
+}
+
+template <typename T, int V, class Formula>
+cudaError_t launch_walk(const Operands<T>& operands, const Partition& p,
+                        const Partials<typename Element<T>::Sum>& partials, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(p.blocks())), block(p.threads);
+  const size_t shared = Formula::kSumsBias ? p.shared_values() * sizeof(typename Element<T>::Sum) : 0;
+  if (p.planes)
+    ISONET_FAST_LAUNCH((planes_kernel<T, V, Formula>), grid, block, shared, stream, operands, p, partials);
+  else
+    ISONET_FAST_LAUNCH((columns_kernel<T, V, Formula>), grid, block, shared, stream, operands, p, partials);
+  return cudaGetLastError();
+}
+
+template <typename T, class Formula>
+cudaError_t launch_typed(const Call& call, void* workspace, cudaStream_t stream) {
+  using A = typename Element<T>::Sum;
+  Partition p{};  // no element: no blocks, and the gradients of the parameters are sums over nothing
+  p.channels = call.extent.channels;
+  Partials<A> partials{static_cast<A*>(workspace), nullptr};
+  if (call.extent.numel() > 0) {
+    p = partition_of<Formula>(call);
+    if (p.blocks() > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    partials.scale = partials.bias + p.blocks() * p.slots;
+    Operands<T> operands{};
+    for (int k = 0; k < Formula::kReads; ++k) operands.in[k] = static_cast<const T*>(call.in[k]);
+    for (int k = 0; k < Formula::kWrites; ++k) operands.out[k] = static_cast<T*>(call.out[k]);
+    operands.bias = call.bias;
+    operands.scale = call.scale;
+    const cudaError_t error = p.vector == 1 ? launch_walk<T, 1, Formula>(operands, p, partials, stream)
+                                            : launch_walk<T, 16 / sizeof(T), Formula>(operands, p, partials, stream);
+    if (error != cudaSuccess) return error;
+  }
+  if constexpr (Formula::kSumsBias) {
+    const int64_t blocks = p.channels + (Formula::kSumsScale ? 1 : 0);
+    if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    if (blocks > 0) {
+      ISONET_FAST_LAUNCH((finish_kernel<A>), dim3(static_cast<unsigned>(blocks)), dim3(p.finish_threads(Formula::kSumsScale)),
+                         32 * sizeof(A), stream, partials, p, call.grad_bias, call.grad_scale);
+      return cudaGetLastError();
+    }
+  }
+  return cudaSuccess;
+}
+
+template <class Formula>
+cudaError_t launch(const Call& call, void* workspace, cudaStream_t stream) {
+  switch (call.dtype) {
+    case DType::float32: return launch_typed<float, Formula>(call, workspace, stream);
+    case DType::float64: return launch_typed<double, Formula>(call, workspace, stream);
+    case DType::float16: return launch_typed<__half, Formula>(call, workspace, stream);
+    case DType::bfloat16: return launch_typed<__nv_bfloat16, Formula>(call, workspace, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace isonet_fast

@@ -1,0 +1,40 @@
+// The arithmetic of the residual join for one element; see srelu.cuh for what a formula is.
+//
+// A join without a scale runs the same forward with s = 1 (1 * branch is exact) and SReLU's own backward.
+#pragma once
+
+#include "srelu.cuh"
+
+namespace isonet_fast {
+
+struct ResidualSReLUForward {
+  static constexpr int kReads = 2;   // shortcut, branch
+  static constexpr int kWrites = 1;  // y
+  static constexpr bool kSumsBias = false;
+  static constexpr bool kSumsScale = false;
+
+  template <typename A>
+  ISONET_FORMULA void apply(const A (&in)[2], A b, A s, A (&out)[1], A& grad_bias, A& grad_scale) {
+    const A sum[1] = {in[0] + s * in[1]};
+    SReLUForward::apply(sum, b, s, out, grad_bias, grad_scale);
+  }
+};
+
+struct ResidualSReLUBackward {
+  static constexpr int kReads = 3;   // g, y, branch
+  static constexpr int kWrites = 2;  // dshortcut, dbranch
+  static constexpr bool kSumsBias = true;
+  static constexpr bool kSumsScale = true;
+
+  template <typename A>
+  ISONET_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], A& grad_bias, A& grad_scale) {
+    const bool passes = Mask<A>::passes(in[1], b);
+    const A g = passes ? in[0] : A(0);
+    out[0] = g;
+    out[1] = s * g;
+    grad_bias += passes ? A(0) : in[0];
+    grad_scale += g * in[2];
+  }
+};
+
+}  // namespace isonet_fast

@@ -1,0 +1,233 @@
+// How the CPU walks a tensor; a formula (srelu.cuh) rides along.
+//
+// One pass over memory where eager PyTorch takes several. Two walks: runs (the inner elements of one channel are
+// consecutive: NCHW) and rows (inner = 1: channels_last), where the bias values and the running sums are arrays
+// in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these are
+// added in order, in double, at the end: the same bits for any number of threads.
+//
+// Every loop body is written once and compiled twice: for the baseline of the platform and for AVX2, chosen at
+// run time, so a wheel needs no -march. (AVX-512 gains nothing here: memory is the limit.)
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "element_cpu.h"
+#include "tensor.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ISONET_FAST_AVX2
+#endif
+
+namespace isonet_fast::cpu {
+
+#ifdef ISONET_FAST_AVX2
+template <class Body, class... Arguments>
+[[gnu::target("avx2,fma")]] void run_avx2(const Body& body, Arguments&&... arguments) {
+  body(arguments...);  // always_inline: compiled for this function's target
+}
+#endif
+
+template <class Body, class... Arguments>
+void run(const Body& body, Arguments&&... arguments) {
+#ifdef ISONET_FAST_AVX2
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2) return run_avx2(body, arguments...);
+#endif
+  body(arguments...);
+}
+
+template <typename T>
+struct Streams {
+  const T* in[3];
+  T* out[2];
+};
+
+constexpr int64_t kUnit = 32768;  // elements: long enough for a thread to be worth waking, short enough to balance
+
+// Element i of every stream through the formula.
+template <class Formula, typename T>
+ISONET_FAST_INLINE void apply(const T* const (&in)[3], T* const (&out)[2], int64_t i, Sum<T> b, Sum<T> scale,
+                              Sum<T>& grad_bias, Sum<T>& grad_scale) {
+  Sum<T> values[Formula::kReads], results[Formula::kWrites];
+  for (int k = 0; k < Formula::kReads; ++k) values[k] = widen(in[k][i]);
+  Formula::apply(values, b, scale, results, grad_bias, grad_scale);
+  for (int k = 0; k < Formula::kWrites; ++k) narrow(results[k], out[k][i]);
+}
+
+// Sums are kept in float32 (float64) for this many additions at most, and added up in double.
+constexpr int64_t kRunBlock = 1024;  // elements, in some 16 vector lanes
+constexpr int64_t kRowBlock = 32;    // rows
+
+// A run: n consecutive elements of one channel.
+template <class Formula, typename T>
+struct Run {
+  ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, Sum<T> b, Sum<T> scale,
+                                     double& grad_bias, double& grad_scale) const {
+    for (int64_t at = begin; at < end; at += kRunBlock) {
+      const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
+      T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
+      const int64_t n = end - at < kRunBlock ? end - at : kRunBlock;
+      Sum<T> sum_bias = 0, sum_scale = 0;
+#pragma omp simd reduction(+ : sum_bias, sum_scale)
+      for (int64_t i = 0; i < n; ++i) apply<Formula, T>(in, out, i, b, scale, sum_bias, sum_scale);
+      grad_bias += sum_bias;
+      grad_scale += sum_scale;
+    }
+  }
+};
+
+// Rows of `width` elements, each with its own bias value and its own sum; the last row may be short.
+template <class Formula, typename T>
+struct Rows {
+  ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, int64_t width,
+                                     const Sum<T>* b, Sum<T> scale, Sum<T>* grad_bias, double& grad_scale) const {
+    for (int64_t at = begin; at < end; at += width) {
+      const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
+      T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
+      const int64_t n = end - at < width ? end - at : width;
+      Sum<T> sum_scale = 0;
+#pragma omp simd reduction(+ : sum_scale)
+      for (int64_t i = 0; i < n; ++i) {
+        Sum<T> sum = Formula::kSumsBias ? grad_bias[i] : Sum<T>(0);
+        apply<Formula, T>(in, out, i, b[i], scale, sum, sum_scale);
+        if (Formula::kSumsBias) grad_bias[i] = sum;
+      }
+      grad_scale += sum_scale;
+    }
+  }
+};
+
+struct Call {
+  DType dtype;
+  Extent extent;
+  const void* in[3];
+  void* out[2];
+  Parameter bias;
+  Parameter scale;
+  void* grad_bias;
+  void* grad_scale;
+};
+
+// Value i of a parameter; the bias rounded to T (see srelu.h), the scale not.
+template <typename T>
+Sum<T> exact(const Parameter& parameter, int64_t i) {
+  return parameter.dtype == DType::float32 ? Sum<T>(static_cast<const float*>(parameter.data)[i])
+                                           : Sum<T>(widen(static_cast<const T*>(parameter.data)[i]));
+}
+
+template <typename T>
+Sum<T> rounded(const Parameter& parameter, int64_t i) {
+  T value;
+  narrow(exact<T>(parameter, i), value);
+  return widen(value);
+}
+
+// Long planes are cut, for balance.
+inline int64_t pieces_of(const Extent& e) { return (e.inner + 2 * kUnit - 1) / (2 * kUnit); }
+
+template <typename T>
+void write_gradient(void* data, DType dtype, int64_t i, double value) {
+  if (dtype == DType::float64)
+    static_cast<double*>(data)[i] = value;
+  else if (dtype == DType::float32)
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+  else if constexpr (sizeof(T) == 2)
+    narrow(static_cast<float>(value), static_cast<T*>(data)[i]);
+}
+
+// The sums of every unit, in the order of memory.
+struct Sums {
+  std::vector<double> bias;   // runs: one value per unit; rows: (units, channels)
+  std::vector<double> scale;  // one value per unit
+};
+
+template <class Formula, typename T>
+Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+  const Extent& e = call.extent;
+  const int64_t pieces = pieces_of(e), length = (e.inner + pieces - 1) / pieces;
+  const int64_t units = e.outer * e.channels * pieces;
+  std::vector<Sum<T>> b(e.channels);
+  for (int64_t c = 0; c < e.channels; ++c) b[c] = rounded<T>(call.bias, c);
+  Sums sums{std::vector<double>(Formula::kSumsBias ? units : 0), std::vector<double>(Formula::kSumsScale ? units : 0)};
+  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kUnit / length), [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t plane = unit / pieces, start = (unit - plane * pieces) * length;
+      double grad_bias = 0, grad_scale = 0;
+      run(Run<Formula, T>{}, streams, plane * e.inner + start, plane * e.inner + std::min(start + length, e.inner),
+          b[plane % e.channels], scale, grad_bias, grad_scale);
+      if (Formula::kSumsBias) sums.bias[unit] = grad_bias;
+      if (Formula::kSumsScale) sums.scale[unit] = grad_scale;
+    }
+  });
+  return sums;
+}
+
+template <class Formula, typename T>
+Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+  const Extent& e = call.extent;
+  // Few channels: take several rows as one, so that the inner loop has something to vectorise.
+  const int64_t repeats = std::max<int64_t>(1, 128 / e.channels), width = repeats * e.channels;
+  // At least 64 rows to a unit, so that its sums are a small part of its traffic.
+  const int64_t length = std::max<int64_t>(64, kUnit / width) * width, numel = e.numel();
+  const int64_t units = (numel + length - 1) / length;
+  std::vector<Sum<T>> b(width);
+  for (int64_t c = 0; c < width; ++c) b[c] = rounded<T>(call.bias, c % e.channels);
+  Sums sums{std::vector<double>(Formula::kSumsBias ? units * e.channels : 0), std::vector<double>(Formula::kSumsScale ? units : 0)};
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Sum<T>> grad_bias(Formula::kSumsBias ? width : 0);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t stop = std::min(numel, (unit + 1) * length);
+      double grad_scale = 0;
+      for (int64_t at = unit * length; at < stop; at += kRowBlock * width) {
+        std::fill(grad_bias.begin(), grad_bias.end(), Sum<T>(0));
+        run(Rows<Formula, T>{}, streams, at, std::min(stop, at + kRowBlock * width), width, b.data(), scale,
+            grad_bias.data(), grad_scale);
+        if (Formula::kSumsBias) {
+          double* const row = sums.bias.data() + unit * e.channels;
+          for (int64_t k = 0; k < width; k += e.channels)
+            for (int64_t c = 0; c < e.channels; ++c) row[c] += grad_bias[k + c];
+        }
+      }
+      if (Formula::kSumsScale) sums.scale[unit] = grad_scale;
+    }
+  });
+  return sums;
+}
+
+template <class Formula, typename T>
+void walk_typed(const Call& call) {
+  Streams<T> streams{};
+  for (int k = 0; k < Formula::kReads; ++k) streams.in[k] = static_cast<const T*>(call.in[k]);
+  for (int k = 0; k < Formula::kWrites; ++k) streams.out[k] = static_cast<T*>(call.out[k]);
+  const Sum<T> scale = call.scale.data == nullptr ? Sum<T>(1) : exact<T>(call.scale, 0);
+  const Extent& e = call.extent;
+  const bool runs = e.inner > 1;
+  Sums sums;
+  if (e.numel() > 0) sums = runs ? walk_runs<Formula, T>(call, streams, scale) : walk_rows<Formula, T>(call, streams, scale);
+  if constexpr (Formula::kSumsBias) {
+    std::vector<double> totals(e.channels);
+    const int64_t consecutive = runs ? pieces_of(e) : 1;  // sums of one channel
+    for (int64_t i = 0; i < static_cast<int64_t>(sums.bias.size()); ++i) totals[i / consecutive % e.channels] += sums.bias[i];
+    for (int64_t c = 0; c < e.channels; ++c) write_gradient<T>(call.grad_bias, call.bias.dtype, c, totals[c]);
+  }
+  if constexpr (Formula::kSumsScale) {
+    double total = 0;
+    for (const double value : sums.scale) total += value;
+    write_gradient<T>(call.grad_scale, call.scale.dtype, 0, total);
+  }
+}
+
+template <class Formula>
+void walk(const Call& call) {
+  switch (call.dtype) {
+    case DType::float32: return walk_typed<Formula, float>(call);
+    case DType::float64: return walk_typed<Formula, double>(call);
+    case DType::float16: return walk_typed<Formula, Half>(call);
+    case DType::bfloat16: return walk_typed<Formula, BFloat16>(call);
+  }
+}
+
+}  // namespace isonet_fast::cpu

@@ -1,0 +1,39 @@
+"""The CUDA kernels compile for an H100/H200 without spills, with 16-byte accesses; see tools/lower_cuda.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+
+import pytest
+
+TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "lower_cuda.py"
+
+
+def test_sm_90() -> None:
+    spec = importlib.util.spec_from_file_location("lower_cuda", TOOL)
+    assert spec is not None and spec.loader is not None
+    lower_cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lower_cuda)
+    reason = lower_cuda.obstacle()
+    if reason:
+        pytest.skip(reason)
+    rows, failures = lower_cuda.rows((90,))
+    assert not failures, "\n".join(failures)
+    # Two walks in four dtypes, vectors and scalars, for four formulas; a last pass per file and sum type.
+    assert len(rows) == 2 * 4 * 2 * 4 + 2 * 2
+    assert {row["arch"] for row in rows} == {"sm_90"} and all(row["registers"] > 0 for row in rows)
+    assert (
+        lower_cuda.gate(
+            {
+                "kernel": "k<float32, 4, SReLUForward>",
+                "arch": "sm_90",
+                "spills": 8,
+                "stack": 8,
+                "vector": 4,
+                "loads_128": 3,
+                "stores_128": 3,
+            }
+        )
+        != []
+    )

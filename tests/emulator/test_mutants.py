@@ -1,0 +1,87 @@
+"""Would the emulator's tests notice? Each classic CUDA bug, planted in a copy of the real sources, must be caught.
+
+One build holds all three, each behind a switch that an environment variable throws; with none thrown it must pass.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+
+import pytest
+from emulator_build import ROOT, build, obstacle, run_checks
+
+# name: (file, text in the source, its replacement)
+BUGS = {
+    "missing_barrier": (
+        "walk.cuh",
+        "sums[y * width + x * V + v] = r.grad_bias[v];\n    }\n    __syncthreads();",
+        'sums[y * width + x * V + v] = r.grad_bias[v];\n    }\n    if (!planted("missing_barrier")) __syncthreads();',
+    ),
+    "off_by_one": (
+        "walk.cuh",
+        "if (row < end && i < p.vectors) in[u][k] =",
+        'if (row < end && i < p.vectors + planted("off_by_one")) in[u][k] =',
+    ),
+    "divergent_barrier": (
+        "walk.cuh",
+        "if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;\n  __syncthreads();",
+        "if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;\n"
+        '  if (!planted("divergent_barrier") || threadIdx.x < 32) __syncthreads();',
+    ),
+}
+SWITCH = """
+#include <cstdlib>
+#include <cstring>
+inline bool planted(const char* bug) { return std::strcmp(std::getenv("EMULATOR_PLANTED"), bug) == 0; }
+"""
+
+
+def patch(path: pathlib.Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} no longer contains, once: {old}"
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="session")
+def mutants() -> pathlib.Path:
+    reason = obstacle()
+    if reason:
+        pytest.skip(reason)
+    directory = ROOT / "build" / "emulator_mutants"
+    sources = directory / "csrc"
+    shutil.rmtree(sources, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", sources)
+    for file, old, new in BUGS.values():
+        patch(sources / file, old, new)
+    patch(sources / "partition.h", "#pragma once\n", "#pragma once\n" + SWITCH)
+    for dtype in ("float64", "float16", "bfloat16"):  # float32 alone: it compiles four times faster
+        element = {"float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}[dtype]
+        line = f"case DType::{dtype}: return launch_typed<{element}, Formula>(call, workspace, stream);"
+        patch(sources / "launch.cuh", line, f"case DType::{dtype}: break;")
+    return build(directory / "build", f"-DSOURCES={sources}", "-DMUTANTS=ON") / "emulator_asan.so"
+
+
+def run(module: pathlib.Path, planted: str) -> tuple[int, str]:
+    done = run_checks(module, "--dtype", "float32", "--extents", "0", "4", "8", "12", planted=planted)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_nothing_planted(mutants: pathlib.Path) -> None:
+    code, output = run(mutants, "nothing")
+    assert code == 0 and "passed" in output, output[-4000:]
+
+
+def test_missing_barrier(mutants: pathlib.Path) -> None:
+    code, output = run(mutants, "missing_barrier")
+    assert code != 0 and "grad_bias" in output and "AssertionError" in output, output[-4000:]
+
+
+def test_off_by_one(mutants: pathlib.Path) -> None:
+    code, output = run(mutants, "off_by_one")
+    assert code != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output[-4000:]
+
+
+def test_divergent_barrier(mutants: pathlib.Path) -> None:
+    code, output = run(mutants, "divergent_barrier")
+    assert code != 0 and "deadlock" in output, output[-4000:]
