@@ -60,7 +60,9 @@ def official_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Ten
         )
     net = contents["net"]
     if not isinstance(net, Mapping) or not net:
-        raise ValueError(f'{where}: "net" must be a dict of weights, found {type(net).__name__} of {_size(net)} entries')
+        raise ValueError(
+            f'{where}: "net" must be a dict of weights, found {type(net).__name__} of {_size(net)} entries'
+        )
     for name, value in net.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
             raise ValueError(f'{where}: "net" must map names to floating-point tensors, found {name!r}: {_what(value)}')

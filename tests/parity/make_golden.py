@@ -28,14 +28,15 @@ import isonet_fast
 from . import formula, steps
 
 GOLDEN = Path(__file__).with_name("golden.json")
-CONFIGS = {f"{ours}{depth}": f"IN1k-{theirs}{depth}.yaml" for ours, theirs in (("isonet", "ISO"), ("risonet", "RISO"))
-           for depth in (18, 34, 50, 101)}
+CONFIGS = {
+    f"{ours}{depth}": f"IN1k-{theirs}{depth}.yaml"
+    for ours, theirs in (("isonet", "ISO"), ("risonet", "RISO"))
+    for depth in (18, 34, 50, 101)
+}
 STEPS = 3
 
 
-def _conv2d(
-    images: Tensor, weight: Tensor, padding: tuple[int, int], stride: tuple[int, int], groups: int
-) -> Tensor:
+def _conv2d(images: Tensor, weight: Tensor, padding: tuple[int, int], stride: tuple[int, int], groups: int) -> Tensor:
     """F.conv2d as one matrix product."""
     if groups != 1:
         raise NotImplementedError("the official networks have no groups")
@@ -70,8 +71,13 @@ class Official:
 
     def recipe(self) -> dict[str, float]:
         solver = self.config.SOLVER
-        return {"lr": solver.BASE_LR, "momentum": solver.MOMENTUM, "weight_decay": solver.WEIGHT_DECAY,
-                "gamma": self.config.ISON.ORTHO_COEFF, "dropout": self.config.ISON.DROPOUT_RATE}
+        return {
+            "lr": solver.BASE_LR,
+            "momentum": solver.MOMENTUM,
+            "weight_decay": solver.WEIGHT_DECAY,
+            "gamma": self.config.ISON.ORTHO_COEFF,
+            "dropout": self.config.ISON.DROPOUT_RATE,
+        }
 
 
 def ours(name: str, recipe: dict[str, float]) -> tuple[nn.Module, torch.optim.Optimizer, isonet_fast.OrthoRegularizer]:
@@ -116,9 +122,11 @@ def compare(name: str, official: Official) -> dict[str, Any]:
             note("penalty gradient", mine.penalty_grads[parameter], grad)
     for parameter, value in theirs.named_parameters():
         note("weights after", model.get_parameter(parameter).detach(), value.detach())
+    entry = {"recipe": recipe, **steps.record(recorded, theirs)}
     note_dropout(name, model, theirs)
+    note_convert(name, theirs, their_optimizer)
     print(f"{name:<11}", *(f"{what} {value:.1e}" for what, value in worst.items()), sep="  ", flush=True)
-    return {"recipe": recipe, **steps.record(recorded, theirs)}
+    return entry
 
 
 def note_dropout(name: str, model: nn.Module, theirs: nn.Module) -> None:
@@ -130,6 +138,28 @@ def note_dropout(name: str, model: nn.Module, theirs: nn.Module) -> None:
             outputs.append(network.train()(formula.images()))
     if not torch.allclose(*outputs, rtol=1e-9, atol=1e-9 * outputs[1].abs().max().item()):
         raise SystemExit(f"{name}: outputs differ in train mode")
+
+
+def note_convert(name: str, theirs: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """`convert` on the official network: same outputs, gradients, state_dict, and its optimizer goes on working."""
+    converted = isonet_fast.convert(copy.deepcopy(theirs).eval())
+    theirs.eval()
+    gradients = []
+    for network in (theirs, converted):
+        network.zero_grad()
+        outputs = network(formula.images())
+        outputs.square().sum().backward()
+        gradients.append([outputs.detach(), *(p.grad for p in network.parameters())])
+    for mine, reference in zip(*gradients, strict=True):
+        if (mine - reference).abs().max() > 1e-9 * reference.abs().max():
+            raise SystemExit(f"{name}: convert changes outputs or gradients")
+    if [*theirs.state_dict()] != [*converted.state_dict()]:
+        raise SystemExit(f"{name}: convert changes the state_dict")
+    in_place = isonet_fast.convert(theirs)
+    before = formula.measure(in_place.get_parameter("s4.b1.f.a.weight").detach(), 0)
+    optimizer.step()
+    if before == formula.measure(in_place.get_parameter("s4.b1.f.a.weight").detach(), 0):
+        raise SystemExit(f"{name}: the optimizer built before convert has no effect")
 
 
 def main() -> None:
