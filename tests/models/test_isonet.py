@@ -1,4 +1,4 @@
-"""The published networks: names, initialisation, memory formats, autocast, compile, and the fused block's mathematics."""
+"""The published networks: names, initialisation, memory formats, autocast, compile, the mathematics of a block."""
 
 from __future__ import annotations
 
