@@ -10,9 +10,7 @@ from torch import nn
 from .. import models
 from .config import Model
 
-NETWORKS = (
-    "isonet18", "isonet34", "isonet50", "isonet101", "risonet18", "risonet34", "risonet50", "risonet101", "isonet_cifar",
-)  # fmt: skip
+NETWORKS = (*(f"{kind}isonet{depth}" for kind in ("", "r") for depth in (18, 34, 50, 101)), "isonet_cifar")
 
 
 def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:

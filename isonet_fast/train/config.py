@@ -154,7 +154,7 @@ def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
@@ -168,7 +168,9 @@ def _build(cls: Any, values: Any, where: str) -> Any:
             raise ValueError(f"unknown key {where}{key}{_nearest(key, _known(where, hints))}")
         hint = hints[key]
         name = f"{where}{key}"
-        arguments[key] = _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _value(hint, value, name)
+        arguments[key] = (
+            _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _value(hint, value, name)
+        )
     return cls(**arguments)
 
 
@@ -176,8 +178,15 @@ def _known(where: str, hints: Mapping[str, Any]) -> list[str]:
     """The keys of this section; at the top also those one level down, for `lr` means `optimizer.lr`."""
     if where:
         return list(hints)
-    return [*hints, *(f"{key}.{inner}" for key, hint in hints.items() if dataclasses.is_dataclass(hint)
-                      for inner in typing.get_type_hints(hint))]
+    return [
+        *hints,
+        *(
+            f"{key}.{inner}"
+            for key, hint in hints.items()
+            if dataclasses.is_dataclass(hint)
+            for inner in typing.get_type_hints(hint)
+        ),
+    ]
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

@@ -50,28 +50,39 @@ class Source:
     channels: int
 
 
-def open_source(config: Data, seed: int) -> Source:
-    """The data set of `config.source`; ValueError or FileNotFoundError say what is wrong with it."""
+def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
+    """The data set of `config.source`; ValueError or FileNotFoundError say what is wrong with it.
+
+    When evaluating, the training part is not looked for: `train` is `val` again.
+    """
     kind, _, argument = config.source.partition(":")
     if kind not in KINDS:
         given = f"unknown data set {config.source!r}" if config.source else "no data set given"
-        raise ValueError(f"{given}; use --data imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits or synthetic[:IMAGES]")
+        raise ValueError(
+            f"{given}; use --data imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits or synthetic[:IMAGES]"
+        )
     if kind in ("imagefolder", "cifar10", "cifar100") and not argument:
         raise ValueError(f"{kind} needs a directory: --data {kind}:DIR")
     if kind == "digits":
         images, labels, *test = digits()
-        return Source(Tensors(images, labels), Tensors(*test), 10, 1)
+        return Source(Tensors(images, labels), Tensors(test[0], test[1]), 10, 1)
     if kind == "synthetic":
         return synthetic(argument, config.image_size, seed)
     directory = Path(argument).expanduser()
     if kind == "imagefolder":
-        train, val = (ImageFolder(directory / part, config.image_size) for part in ("train", "val"))
-        if train.classes != val.classes:
-            different = sorted(set(train.classes) ^ set(val.classes))
-            raise ValueError(f"{directory}: train and val differ in their classes: {', '.join(different[:5])}")
-        return Source(train, val, len(train.classes), 3)
-    sets = [Tensors(*cifar.load(kind, directory, train), augmented=_cifar) for train in (True, False)]
-    return Source(sets[0], sets[1], cifar.FILES[kind].classes, 3)
+        return _imagefolder(directory, config.image_size, evaluating)
+    val = Tensors(*cifar.load(kind, directory, train=False), augmented=_cifar)
+    train = val if evaluating else Tensors(*cifar.load(kind, directory, train=True), augmented=_cifar)
+    return Source(train, val, cifar.FILES[kind].classes, 3)
+
+
+def _imagefolder(directory: Path, size: int, evaluating: bool) -> Source:
+    val = ImageFolder(directory / "val", size)
+    train = val if evaluating else ImageFolder(directory / "train", size)
+    if train.classes != val.classes:
+        different = sorted(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"{directory}: train and val differ in their classes: {', '.join(different[:5])}")
+    return Source(train, val, len(val.classes), 3)
 
 
 class Tensors:

@@ -32,7 +32,7 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
     if not ours and preset is None:
         settled.model = recognise(state, path)
     classes, channels = state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1]
-    source = open_source(settled.data, settled.seed)
+    source = open_source(settled.data, settled.seed, evaluating=True)
     if (source.num_classes, source.channels) != (classes, channels):
         raise ValueError(
             f"{path} tells {classes} classes apart in images of {channels} channels; "

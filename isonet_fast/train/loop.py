@@ -241,12 +241,12 @@ class Run:
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         """SIGINT and SIGTERM end the run after the step; a second one at once."""
-        previous: dict[int, Any] = {}
+        previous: dict[signal.Signals, Any] = {}
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            for name, handler in previous.items():
-                signal.signal(name, handler)
+            for listened, handler in previous.items():
+                signal.signal(listened, handler)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: the owner of the process listens
@@ -254,8 +254,8 @@ class Run:
         try:
             yield
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            for listened, handler in previous.items():
+                signal.signal(listened, handler)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.images is not None
@@ -268,9 +268,7 @@ def to_device(images: Tensor, labels: Tensor, config: Config, device: torch.devi
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, loader: Loader, config: Config, device: torch.device
-) -> tuple[Sums, list[Corrupt]]:
+def validate(model: nn.Module, loader: Loader, config: Config, device: torch.device) -> tuple[Sums, list[Corrupt]]:
     """Loss and accuracies over the whole loader, in eval mode, and the images that could not be read."""
     model.eval()
     sums = Sums(device)

@@ -80,9 +80,12 @@ class Official:
         }
 
 
-def ours(name: str, recipe: dict[str, float]) -> tuple[nn.Module, torch.optim.Optimizer, isonet_fast.OrthoRegularizer]:
+def ours(
+    name: str, recipe: dict[str, float], device: torch.device | str = "cpu"
+) -> tuple[nn.Module, torch.optim.Optimizer, isonet_fast.OrthoRegularizer]:
     model = getattr(isonet_fast.models, name)().double()
     formula.fill_(model)
+    model.to(device)
     groups = isonet_fast.param_groups(model, recipe["lr"], recipe["weight_decay"])
     optimizer = torch.optim.SGD(groups, lr=recipe["lr"], momentum=recipe["momentum"])
     return model, optimizer, isonet_fast.OrthoRegularizer(model, coeff=1.0)

@@ -19,8 +19,9 @@ class Step:
 
     def __init__(self, model: nn.Module, penalty: Penalty, gamma: float) -> None:
         model.zero_grad()
-        self.logits = model(formula.images())
-        cross_entropy = F.cross_entropy(self.logits, formula.labels())
+        device = next(model.parameters()).device
+        self.logits = model(formula.images().to(device))
+        cross_entropy = F.cross_entropy(self.logits, formula.labels().to(device))
         self.penalty = penalty()
         parameters = dict(model.named_parameters())
         grads = torch.autograd.grad(self.penalty, list(parameters.values()), allow_unused=True)
@@ -73,6 +74,6 @@ def summarise(step: Step, model: nn.Module) -> dict[str, Any]:
         "logits": step.logits.flatten().tolist(),
         "penalty": step.penalty.item(),
         "loss": step.loss,
-        "grads": {n: formula.measure(g, streams[n]) for n, g in step.grads.items()},
-        "penalty_grads": {n: formula.measure(g, streams[n]) for n, g in step.penalty_grads.items()},
+        "grads": {n: formula.measure(g.cpu(), streams[n]) for n, g in step.grads.items()},
+        "penalty_grads": {n: formula.measure(g.cpu(), streams[n]) for n, g in step.penalty_grads.items()},
     }

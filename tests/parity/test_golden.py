@@ -38,9 +38,9 @@ def test_every_network_is_in_the_file(golden: dict) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_parity(name: str, golden: dict) -> None:
+def test_parity(name: str, golden: dict, device: torch.device) -> None:
     expected = golden[name]
-    model, optimizer, reg = ours(name, expected["recipe"])
+    model, optimizer, reg = ours(name, expected["recipe"], device)
     names = {n: list(p.shape) for n, p in model.state_dict().items()}
     assert list(names.items()) == [(n, p["shape"]) for n, p in expected["parameters"].items()]
     assert model.head.dropout.p == expected["recipe"]["dropout"]
@@ -54,7 +54,7 @@ def test_parity(name: str, golden: dict) -> None:
     assert all(close(a, e, 1e-9) for a, e in zip(losses, expected["losses"]))
     if count == STEPS:
         for stream, (parameter, p) in enumerate(model.named_parameters()):
-            after = formula.measure(p.detach(), stream)
+            after = formula.measure(p.detach().cpu(), stream)
             assert same_measure(after, expected["parameters"][parameter]["after"]), parameter
 
 
