@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..nn import SReLU
 from .blocks import BasicBranch, BottleneckBranch, Head, conv, stage
 
-_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # per stage
-_BOTTLENECK = (50, 101)
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # per stage
+BOTTLENECK = (50, 101)
 _DROPOUT = {False: 0.1, True: 0.4}  # as published, by residual
 
 
@@ -44,11 +44,11 @@ class ISONet(nn.Module):
         dropout = _DROPOUT[residual] if dropout is None else dropout
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be None (as published) or in [0, 1), got {dropout!r}")
-        branch = BottleneckBranch if depth in _BOTTLENECK else BasicBranch
-        expansion = 4 if depth in _BOTTLENECK else 1
+        branch = BottleneckBranch if depth in BOTTLENECK else BasicBranch
+        expansion = 4 if depth in BOTTLENECK else 1
         self.stem = Stem(in_channels, 64)
         width = 64
-        for n, blocks in enumerate(_BLOCKS[depth]):
+        for n, blocks in enumerate(BLOCKS[depth]):
             outputs = 64 * 2**n * expansion
             self.add_module(f"s{n + 1}", stage(branch, width, outputs, 1 if n == 0 else 2, blocks, residual))
             width = outputs

@@ -67,9 +67,9 @@ def _python(path: Path, files: Files) -> tuple[Tensor, Tensor]:
     with open(path, "rb") as file:
         try:
             content = _ArraysOnly(file, encoding="bytes").load()
-        except pickle.UnpicklingError as error:
+        except _Refused as error:
             raise ValueError(f"{path} is refused: {error}") from error
-        except (EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        except (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict) or not {b"data", files.key} <= set(content):
         raise ValueError(f"{path} is no {files.classes}-class CIFAR batch: no {files.key.decode()} in it")
@@ -83,6 +83,10 @@ def _checked(images: Any, labels: Any, path: Path, files: Files) -> tuple[Tensor
     if labels.min() < 0 or labels.max() >= files.classes:
         raise ValueError(f"{path} is damaged: labels reach {labels.max()}, there are {files.classes} classes")
     return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64))
+
+
+class _Refused(Exception):
+    """A pickle that asks for more than arrays."""
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -100,7 +104,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}; only arrays and plain values are read")
+            raise _Refused(f"it asks for {module}.{name}; only arrays and plain values are read")
         if name == "_reconstruct":
             module = np.ndarray.__reduce__(np.empty(0))[0].__module__  # where this NumPy keeps it
         return super().find_class(module, name)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.isonet import BLOCKS, BOTTLENECK
 from ..models.load_official import official_state, read_checkpoint
 from . import checkpoint, config
-from .build import NETWORKS, build_model, choose_device
+from .build import build_model, choose_device
 from .config import Config, Model
 from .datasets import open_source
 from .loader import Loader
@@ -31,6 +32,9 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
     state = contents["model"] if ours else official_state(contents, path)
     if not ours and preset is None:
         settled.model = recognise(state, path)
+    unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
+    if unusual:
+        raise ValueError(f"{path} holds no network of this package: no {', '.join(sorted(unusual))} in it")
     classes, channels = state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1]
     source = open_source(settled.data, settled.seed, evaluating=True)
     if (source.num_classes, source.channels) != (classes, channels):
@@ -74,14 +78,12 @@ def _read(path: Path) -> tuple[Any, Path]:
 
 
 def recognise(state: Mapping[str, Tensor], path: Path) -> Model:
-    """Which of the published networks an official checkpoint holds, by its names."""
-    for name in NETWORKS:
-        if name == "isonet_cifar":
-            continue
-        with torch.device("meta"):
-            expected = build_model(Model(name), 1, 1).state_dict()
-        if expected.keys() == state.keys() and expected["s1.b1.f.a.weight"].shape == state["s1.b1.f.a.weight"].shape:
-            return Model(name)
+    """Which of the published networks an official checkpoint holds, by the names of its weights."""
+    blocks = [len({name.split(".")[1] for name in state if name.startswith(f"s{n}.")}) for n in range(1, 5)]
+    bottleneck, residual = "s1.b1.f.c.weight" in state, "s1.b1.f.shared_scalar.scale" in state
+    for depth, published in BLOCKS.items():
+        if tuple(blocks) == published and bottleneck == (depth in BOTTLENECK):
+            return Model(f"{'r' if residual else ''}isonet{depth}")
     raise ValueError(
         f"{path} holds none of the published networks ({len(state)} weights, the first {next(iter(state))!r}); "
         "say which one with --config"

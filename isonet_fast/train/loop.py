@@ -66,6 +66,7 @@ class Run:
         self.log = Log(directory)
         self.sums = Sums(self.device)
         self.epoch, self.batch, self.step, self.best = 1, 0, 0, -1.0  # batch: batches of the epoch done
+        self.penalty = torch.tensor(float("nan"))  # of the last step, unweighted, wherever it was computed
         self.corrupt: dict[str, str] = {}
         self._signal: int | None = None
         self._saved_step = 0
@@ -88,6 +89,7 @@ class Run:
             "random": random,
             "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best},
             "sums": self.sums.totals.cpu(),
+            "penalty": self.penalty.cpu(),
             "corrupt": dict(self.corrupt),
         }
 
@@ -108,6 +110,7 @@ class Run:
         self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
         self.best = position["best"]
         self.sums.totals.copy_(state["sums"])
+        self.penalty = state["penalty"]
         self.corrupt.update(state["corrupt"])
         self._saved_step = self.step
 
@@ -141,9 +144,9 @@ class Run:
                 self._train_step(batch)
                 self.batch += 1
                 bar.update()
-                if self.batch % 20 == 0 and self.reg.last is not None:
+                if self.batch % 20 == 0:
                     rate = (self.sums.examples - before) / (time.perf_counter() - start)
-                    loss, penalty = self.sums.means()["loss"], self.reg.last.item()
+                    loss, penalty = self.sums.means()["loss"], self.penalty.item()
                     bar.set_postfix_str(f"{rate:.0f} images/s, loss {loss:.3f}, penalty {penalty:.4g}", refresh=False)
                 self._after_step()
         examples, seconds = self.sums.examples - before, time.perf_counter() - start
@@ -167,6 +170,8 @@ class Run:
             self._diverged(x)
         self.scaler.unscale_(self.optimizer)
         self.reg.accumulate_grad_()
+        if self.reg.last is not None:  # None until the first one of `interval` calls
+            self.penalty = self.reg.last
         if self.config.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
         self.scaler.step(self.optimizer)
@@ -183,13 +188,12 @@ class Run:
 
     def _end_epoch(self, rate: float, seconds: float) -> dict[str, float]:
         """Validate, write the row, move on to the next epoch, save."""
-        penalty = self.reg.last
         row: dict[str, float] = {
             "epoch": self.epoch,
             "step": self.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **self.sums.means(),
-            "penalty": float("nan") if penalty is None else penalty.item(),
+            "penalty": self.penalty.item(),
             "images_per_second": rate,
             "seconds": seconds,
         }

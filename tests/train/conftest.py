@@ -38,5 +38,6 @@ def photographs(tmp_path: Path) -> Path:
                 pixels = torch.randint(0, 200, (height, width, 3), dtype=torch.uint8) + 55 * label
                 Image.fromarray(pixels.numpy()).save(directory / f"{n}.jpg")
     broken = tmp_path / "images" / "train" / "dog" / "4.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) * 3 // 4])
     return tmp_path / "images"
