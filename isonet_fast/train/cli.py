@@ -11,6 +11,7 @@ from typing import Any
 from .. import __version__, environment
 from . import config, demo, evaluate, launch
 from .divergence import Diverged
+from .loader import WorkerDied
 from .loop import Interrupted
 
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"isonet-fast: {stop}", file=sys.stderr)
         return stop.code
-    except (Diverged, ModuleNotFoundError, OSError, ValueError) as error:
+    except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
         print(f"isonet-fast: {error}", file=sys.stderr)
         return 1
     return 0

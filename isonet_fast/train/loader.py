@@ -6,6 +6,7 @@ of workers nor what was loaded before changes a batch, and resuming needs two in
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .datasets import Corrupt, Examples
+
+
+class WorkerDied(RuntimeError):
+    """A process that loads data was killed."""
+
 
 Key = tuple[int, int]  # epoch (0 when evaluating), index
 Item = tuple[Tensor, int] | Corrupt
@@ -63,11 +69,12 @@ class _Items(Dataset):
 
 
 class Loader:
-    """Iterate `batches(epoch, start)`; epochs count from 1."""
+    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, no more than there are cores."""
 
     def __init__(self, examples: Examples, batch_size: int, workers: int, seed: int, train: bool, pin: bool) -> None:
         if train and len(examples) < batch_size:
             raise ValueError(f"data.batch_size {batch_size} is more than the {len(examples)} training images")
+        workers = min(workers, os.cpu_count() or 1)
         self.order = Order(len(examples), batch_size, seed, train)
         self.loader: DataLoader = DataLoader(
             _Items(examples, seed),
@@ -75,7 +82,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin,
-            persistent_workers=workers > 0,
+            persistent_workers=train and workers > 0,
             worker_init_fn=_ignore_interrupt,
             generator=torch.Generator(),  # its own: it must not draw from the generator that dropout uses
         )
@@ -85,7 +92,12 @@ class Loader:
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         self.order.epoch, self.order.start = epoch, start
-        yield from self.loader
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise WorkerDied(f"{error}. Out of memory? Try fewer data.workers") from error
+            raise
 
 
 def _collate(items: list[Item]) -> Batch:

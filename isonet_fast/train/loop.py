@@ -26,7 +26,7 @@ from .build import autocast, build_model, choose_device
 from .config import Config
 from .datasets import Corrupt, open_source
 from .divergence import Diverged, first_nonfinite
-from .loader import Batch, Loader
+from .loader import Batch, Loader, WorkerDied
 from .metrics import Log, Sums, progress
 
 
@@ -121,7 +121,7 @@ class Run:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged or Interrupted."""
+        """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied."""
         row: dict[str, float] = {}
         self.log.start(self.epoch)
         if not self.step:
@@ -130,6 +130,11 @@ class Run:
             try:
                 while self.epoch <= self.config.schedule.epochs:
                     row = self._train_epoch()
+            except WorkerDied as error:
+                raise WorkerDied(
+                    f"{error}; the last checkpoint is {self.directory / 'latest.pt'} (step {self._saved_step}), "
+                    f"go on with: isonet-fast train --resume {self.directory}"
+                ) from error
             finally:
                 self.log.close()
         return row

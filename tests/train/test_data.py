@@ -15,7 +15,7 @@ import torch
 from isonet_fast.train import transforms
 from isonet_fast.train.config import Config, Data
 from isonet_fast.train.datasets import Corrupt, ImageFolder, open_source
-from isonet_fast.train.loader import Loader
+from isonet_fast.train.loader import Loader, WorkerDied
 
 # -- order ---------------------------------------------------------------
 
@@ -45,14 +45,25 @@ def test_a_started_epoch_goes_on_where_it_was(photographs: Path) -> None:
         assert len(part) == len(whole) - 2 == 2
         for a, b in zip(whole[2:], part, strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
-    other = next(kinds[0].batches(4)).images
-    assert not torch.equal(whole[0].images, other)
+    following = [next(iter(list(kind.batches(4)))).images for kind in kinds]  # the workers live on
+    assert torch.equal(*following) and not torch.equal(whole[0].images, following[0])
 
 
 def test_loading_leaves_the_global_generator_alone(small: Callable[..., Config]) -> None:
     before = torch.get_rng_state()
     list(loader(small()).batches(1))
     assert torch.equal(before, torch.get_rng_state())
+
+
+class Deadly(ImageFolder):
+    def example(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, int]:
+        os._exit(3)
+
+
+def test_a_worker_that_dies_is_reported(photographs: Path) -> None:
+    loaded = Loader(Deadly(photographs / "val", 16), 2, 1, 0, False, False)
+    with pytest.raises(WorkerDied, match=r"DataLoader worker .* exited unexpectedly.*fewer data\.workers"):
+        list(loaded.batches())
 
 
 def test_more_batch_than_images(small: Callable[..., Config]) -> None:
