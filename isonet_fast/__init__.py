@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:  # not a dependency: an install would pull 
 __version__ = "0.1.0"
 
 from . import functional, init, models, reference
+from .convert import convert
 from .environment import info
 from .nn import (
     OrthoConv1d,
@@ -32,6 +33,7 @@ __all__ = [
     "ResidualSReLU",
     "SReLU",
     "SharedScale",
+    "convert",
     "functional",
     "info",
     "init",

@@ -33,6 +33,26 @@ class BasicBranch(nn.Module):
         return self.shared_scalar.fold(self.b, x) if self.residual else self.b(x)
 
 
+class BottleneckBranch(nn.Module):
+    """1x1, SReLU, 3x3 (strided), SReLU, 1x1, a quarter as wide inside; with a shared scale where residual."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, residual: bool) -> None:
+        super().__init__()
+        inner = outputs // 4
+        self.a = conv(inputs, inner, 1)
+        self.a_relu = SReLU(inner, inplace=True)
+        self.b = conv(inner, inner, 3, stride)
+        self.b_relu = SReLU(inner, inplace=True)
+        self.c = conv(inner, outputs, 1)
+        if residual:
+            self.shared_scalar = SharedScale(0.0)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b_relu(self.b(self.a_relu(self.a(x))))
+        return self.shared_scalar.fold(self.c, x) if self.residual else self.c(x)
+
+
 class Block(nn.Module):
     """Plain: srelu(f(x)). Residual: srelu(shortcut(x) + f(x)), the shortcut a strided 1x1 where the shape changes."""
 
@@ -47,6 +67,23 @@ class Block(nn.Module):
         if not self.residual:
             return self.relu(self.f(x))
         return self.relu(x if self.proj is None else self.proj(x), self.f(x))
+
+
+def stage(
+    branch: type[BasicBranch] | type[BottleneckBranch],
+    inputs: int,
+    outputs: int,
+    stride: int,
+    blocks: int,
+    residual: bool,
+) -> nn.Sequential:
+    """Blocks b1, b2, ...; the first one changes the width and applies the stride."""
+    blocks_ = nn.Sequential()
+    for n in range(blocks):
+        block = Block(branch(inputs, outputs, stride, residual), inputs, outputs, stride, residual)
+        blocks_.add_module(f"b{n + 1}", block)
+        inputs, stride = outputs, 1
+    return blocks_
 
 
 class Head(nn.Module):

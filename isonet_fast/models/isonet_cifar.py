@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import SReLU
-from .blocks import BasicBranch, Block, Head, conv
+from .blocks import BasicBranch, Head, conv, stage
 
 
 class CifarStem(nn.Module):
@@ -20,15 +20,6 @@ class CifarStem(nn.Module):
         return self.relu(self.conv(x))
 
 
-def _stage(inputs: int, outputs: int, stride: int, depth: int, residual: bool) -> nn.Sequential:
-    stage = nn.Sequential()
-    for n in range(depth):
-        branch = BasicBranch(inputs, outputs, stride, residual)
-        stage.add_module(f"b{n + 1}", Block(branch, inputs, outputs, stride, residual))
-        inputs, stride = outputs, 1
-    return stage
-
-
 class ISONetCifar(nn.Module):
     """See `isonet_cifar`."""
 
@@ -36,9 +27,9 @@ class ISONetCifar(nn.Module):
         super().__init__()
         blocks = (depth - 2) // 6
         self.stem = CifarStem(in_channels, width)
-        self.s1 = _stage(width, width, 1, blocks, residual)
-        self.s2 = _stage(width, 2 * width, 2, blocks, residual)
-        self.s3 = _stage(2 * width, 4 * width, 2, blocks, residual)
+        self.s1 = stage(BasicBranch, width, width, 1, blocks, residual)
+        self.s2 = stage(BasicBranch, width, 2 * width, 2, blocks, residual)
+        self.s3 = stage(BasicBranch, 2 * width, 4 * width, 2, blocks, residual)
         self.head = Head(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W) -> (N, num_classes)

@@ -1,4 +1,4 @@
-"""The command line: isonet-fast demo | info."""
+"""The command line: isonet-fast demo | train | evaluate | info."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__, environment
-from . import demo
+from . import config, demo, evaluate, launch
 from .divergence import Diverged
+from .loader import WorkerDied
+from .loop import Interrupted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,9 +25,41 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
+    _add_train(commands)
+    _add_evaluate(commands)
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
     add.set_defaults(run=lambda args: environment.info())
     return top
+
+
+def _add_train(commands: Any) -> None:
+    add = commands.add_parser("train", help="train a network of the paper, or your own configuration")
+    add.add_argument("--config", metavar="NAME", help=f"a preset ({', '.join(config.presets())}) or a YAML file")
+    add.add_argument("--output", type=Path, metavar="DIR", help="where the run is kept (default runs/NAME)")
+    add.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, from its last checkpoint")
+    _add_common(add)
+    add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
+    add.add_argument("--channels-last", action="store_true", help="the fast memory format on GPUs")
+    add.add_argument("--compile", action="store_true", help="train through torch.compile")
+    add.set_defaults(run=launch.run)
+
+
+def _add_evaluate(commands: Any) -> None:
+    add = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint, of ours or of the official code")
+    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
+    _add_common(add)
+    add.set_defaults(run=lambda args: evaluate.run(args.checkpoint, args.data, launch.settings(args), args.config))
+
+
+def _add_common(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--data", metavar="SOURCE", help="imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits or synthetic[:IMAGES]"
+    )
+    add.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any value, for example optimizer.lr=0.02"
+    )
+    add.add_argument("--strict", action="store_true", help="a corrupt image is an error, not skipped")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("isonet-fast: interrupted", file=sys.stderr)
         return 130
-    except (Diverged, ModuleNotFoundError, OSError, ValueError) as error:
+    except Interrupted as stop:
+        print(f"isonet-fast: {stop}", file=sys.stderr)
+        return stop.code
+    except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
         print(f"isonet-fast: {error}", file=sys.stderr)
         return 1
     return 0

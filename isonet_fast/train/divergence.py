@@ -21,7 +21,10 @@ class Diverged(RuntimeError):
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module, x: Tensor) -> str | None:
-    """Name of the first layer, in order of execution, whose output holds an infinity or a NaN for input x."""
+    """Name of the first layer, in order of execution, whose output holds an infinity or a NaN for input x.
+
+    A convolution that a shared scale is folded into is not called as a module: its whole branch is named then.
+    """
     found: list[str] = []
 
     def look(name: str) -> Any:
@@ -31,8 +34,8 @@ def first_nonfinite(model: nn.Module, x: Tensor) -> str | None:
 
         return hook
 
-    leaves = [(name, m) for name, m in model.named_modules() if not list(m.children())]
-    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    layers = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(look(name)) for name, module in layers]
     try:
         model(x)
     finally:

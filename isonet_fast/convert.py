@@ -1,0 +1,122 @@
+"""`convert(model)`: an existing network on our layers, with its weights, optimizer and hooks as they were."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from .nn import OrthoConv1d, OrthoConv2d, OrthoConv3d, SReLU
+
+_log = logging.getLogger(__name__)
+_CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: OrthoConv1d,
+    nn.Conv2d: OrthoConv2d,
+    nn.Conv3d: OrthoConv3d,
+}
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Replace exact nn.Conv1d to Conv3d and official-style SReLU layers by ours, in place; returns `model`.
+
+    (Where `model` itself is such a layer, the replacement is returned.) Nothing is initialised anew: the layers keep
+    their Parameter objects, so that the state_dict and an optimizer built before are the same, and their mode, hooks
+    and attributes. A layer used in several places is replaced by one layer. ReLU is never touched.
+
+    Left as they are, and listed in one warning of the logger `isonet_fast.convert`: subclasses of convolutions other
+    than ours, parametrized layers, and networks compiled by torch.compile or TorchScript (convert first, then
+    compile). A lazy convolution becomes an nn.Conv by itself at its first call; convert after that.
+
+    An official-style SReLU is a module of a class named SReLU with one parameter, `srelu_bias`, and one child, the ReLU
+    `srelu_relu`. Raises TypeError for something that is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    left: dict[str, str] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
+    converted = _visit(model, "", replacements, left)
+    if left:
+        listed = "; ".join(f"{name or 'the model itself'} ({why})" for name, why in left.items())
+        _log.warning("convert left %d modules as they are: %s", len(left), listed)
+    return converted
+
+
+def _visit(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left: dict[str, str]) -> nn.Module:
+    if module in done:
+        return done[module]
+    done[module] = module  # a module that contains itself ends here
+    why = _compiled(module)
+    if why:
+        left[name] = why
+        return module
+    replacement = _replacement(module, name, left)
+    if replacement is not None:
+        done[module] = replacement
+        return replacement
+    for child_name, child in list(module._modules.items()):
+        if child is None:
+            continue
+        new = _visit(child, f"{name}.{child_name}" if name else child_name, done, left)
+        if new is not child:
+            module._modules[child_name] = new
+    return module
+
+
+def _compiled(module: nn.Module) -> str | None:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript"
+    if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
+        return "compiled"
+    if isinstance(module, torch.fx.GraphModule):
+        return "a traced graph"
+    return None
+
+
+def _replacement(module: nn.Module, name: str, left: dict[str, str]) -> nn.Module | None:
+    """Ours for this layer; None to keep it, with the reason in `left` where somebody might wonder."""
+    if isinstance(module, tuple(_CONVOLUTIONS)) and not isinstance(module, tuple(_CONVOLUTIONS.values())):
+        if module._parameters.get("weight") is None or hasattr(module, "parametrizations"):
+            left[name] = "parametrized"
+        elif type(module) not in _CONVOLUTIONS:
+            left[name] = f"a subclass, {type(module).__qualname__}"
+        elif "forward" in module.__dict__:
+            left[name] = "its forward is replaced"
+        else:
+            return _adopt(_CONVOLUTIONS[type(module)], module, penalty="isonet")
+    elif _is_official_srelu(module):
+        if "forward" in module.__dict__ or _has_hooks(module._modules["srelu_relu"]):
+            left[name] = "an SReLU with hooks on its ReLU, or whose forward is replaced"
+        else:
+            new = _adopt(SReLU, module, num_channels=module.get_parameter("srelu_bias").numel(), inplace=False)
+            del new._modules["srelu_relu"]
+            return new
+    return None
+
+
+def _is_official_srelu(module: nn.Module) -> bool:
+    return (
+        type(module).__name__ == "SReLU"
+        and list(module._parameters) == ["srelu_bias"]
+        and list(module._modules) == ["srelu_relu"]
+        and isinstance(module._modules["srelu_relu"], nn.ReLU)
+        and not module._buffers
+    )
+
+
+def _adopt(cls: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
+    """An instance of `cls` with everything of `module`: parameters, buffers, hooks, mode and plain attributes.
+
+    The very dictionaries, so that handles of hooks still remove them.
+    """
+    new = cls.__new__(cls)
+    for key, value in module.__dict__.items():
+        new.__dict__[key] = value.copy() if key == "_modules" else value
+    new.__dict__.update(attributes)
+    return new
+
+
+def _has_hooks(module: nn.Module | None) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return module is not None and any(module.__dict__[name] for name in names)

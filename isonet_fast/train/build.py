@@ -1,0 +1,43 @@
+"""From a configuration to a network on a device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from .. import models
+from .config import Model
+
+NETWORKS = (*(f"{kind}isonet{depth}" for kind in ("", "r") for depth in (18, 34, 50, 101)), "isonet_cifar")
+
+
+def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:
+    """The network of the configuration for this data; ValueError for a name that is none of NETWORKS."""
+    if config.name not in NETWORKS:
+        raise ValueError(f"model.name must be one of {', '.join(NETWORKS)}, got {config.name!r}")
+    if config.name == "isonet_cifar":
+        if config.dropout is not None:
+            raise ValueError(f"model.dropout must be null for isonet_cifar, which has none, got {config.dropout}")
+        return models.isonet_cifar(config.depth, config.residual, config.width, num_classes, in_channels)
+    constructor = getattr(models, config.name)
+    return constructor(num_classes=num_classes, in_channels=in_channels, dropout=config.dropout)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA where there is a GPU, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this machine has no GPU that PyTorch can use")
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Nothing for float32."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))

@@ -1,0 +1,243 @@
+"""What a training run is told: dataclasses, filled from a YAML preset, `--set` and the command line.
+
+Every key is known and typed; anything else is refused with the nearest known name. Read with yaml.safe_load: a
+configuration holds values and runs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Model:
+    name: str = "isonet50"  # one of isonet_fast.models
+    dropout: float | None = None  # None: as published; not for isonet_cifar
+    depth: int = 32  # isonet_cifar only, as are the next two
+    residual: bool = False
+    width: int = 16
+
+
+@dataclass
+class Data:
+    source: str = ""  # imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic[:IMAGES]
+    batch_size: int = 128
+    eval_batch_size: int = 200
+    image_size: int = 224  # imagefolder and synthetic
+    workers: int = 8
+    strict: bool = False  # a corrupt image is an error instead of being skipped
+
+
+@dataclass
+class Optimizer:
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip: float | None = None  # largest norm of the whole gradient
+
+
+@dataclass
+class Schedule:
+    epochs: int = 100
+    warmup: int = 5  # epochs, lr * epoch / warmup
+    milestones: list[int] = field(default_factory=lambda: [30, 60, 90])  # x gamma after each
+    gamma: float = 0.1
+
+
+@dataclass
+class Penalty:
+    coeff: float = 1e-4
+    kind: str = "isonet"  # or lorth, matrix
+    interval: int = 1
+
+
+@dataclass
+class Checkpoint:
+    every_steps: int = 0  # besides the end of each epoch
+    keep_every_epochs: int = 0  # epoch-N.pt, never deleted
+
+
+@dataclass
+class Config:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    penalty: Penalty = field(default_factory=Penalty)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    precision: str = "float32"  # of autocast
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+    device: str = "auto"  # cuda where there is one
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+
+def load(preset: str | None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+    """A configuration: defaults, then `base` (of a checkpoint), then a preset or YAML file, then `a.b=value` settings.
+
+    Raises ValueError for an unknown preset, an unknown key (naming the nearest known one), a value of the wrong type or
+    out of range.
+    """
+    values: dict[str, Any] = {}
+    if base is not None:
+        _merge(values, base)
+    if preset is not None:
+        _merge(values, _read(preset))
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"a setting is KEY=VALUE, for example optimizer.lr=0.02; got {setting!r}")
+        nested = _yaml(text, f"--set {setting}")
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        _merge(values, nested)
+    return _build(Config, values, "")
+
+
+def _presets() -> Any:
+    return resources.files(__package__) / "configs"
+
+
+def _read(preset: str) -> Mapping[str, Any]:
+    if preset in presets():
+        text = (_presets() / f"{preset}.yaml").read_text()
+    elif Path(preset).suffix in (".yaml", ".yml") or Path(preset).is_file():
+        text = Path(preset).read_text()
+    else:
+        raise ValueError(f"unknown preset {preset!r}{_nearest(preset, presets())}; a path must end in .yaml")
+    values = _yaml(text, preset)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{preset} must hold a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no valid YAML: {error}") from error
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            section = into.setdefault(key, {})
+            if not isinstance(section, dict):
+                into[key] = section = {}
+            _merge(section, value)
+        else:
+            into[key] = value
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where.rstrip('.')} is a section of keys, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {where}{key}{_nearest(key, _known(where, hints))}")
+        hint = hints[key]
+        name = f"{where}{key}"
+        arguments[key] = (
+            _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _value(hint, value, name)
+        )
+    return cls(**arguments)
+
+
+def _known(where: str, hints: Mapping[str, Any]) -> list[str]:
+    """The keys of this section; at the top also those one level down, for `lr` means `optimizer.lr`."""
+    if where:
+        return list(hints)
+    return [
+        *hints,
+        *(
+            f"{key}.{inner}"
+            for key, hint in hints.items()
+            if dataclasses.is_dataclass(hint)
+            for inner in typing.get_type_hints(hint)
+        ),
+    ]
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """The value as its type; YAML reads 1e-4 as text, and 1 is a fine float."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    kind = allowed[0]
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        if isinstance(value, list):
+            return [_value(inner, item, f"{name}[{n}]") for n, item in enumerate(value)]
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    expected = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+    raise ValueError(f"{name} must be {expected}{' or null' if type(None) in allowed else ''}, got {value!r}")
+
+
+def _check(config: Config) -> None:
+    """Ranges; types are checked before."""
+    positive = {
+        "data.batch_size": config.data.batch_size,
+        "data.eval_batch_size": config.data.eval_batch_size,
+        "data.image_size": config.data.image_size,
+        "schedule.epochs": config.schedule.epochs,
+        "optimizer.lr": config.optimizer.lr,
+        "penalty.interval": config.penalty.interval,
+    }
+    not_negative = {
+        "data.workers": config.data.workers,
+        "optimizer.momentum": config.optimizer.momentum,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "schedule.warmup": config.schedule.warmup,
+        "schedule.gamma": config.schedule.gamma,
+        "penalty.coeff": config.penalty.coeff,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep_every_epochs": config.checkpoint.keep_every_epochs,
+        "seed": config.seed,
+    }
+    for name, value in positive.items():
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive, got {value}")
+    for name, value in not_negative.items():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if config.optimizer.clip is not None and not config.optimizer.clip > 0:
+        raise ValueError(f"optimizer.clip must be positive or null, got {config.optimizer.clip}")
+    if config.precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}")

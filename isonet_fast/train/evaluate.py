@@ -1,0 +1,97 @@
+"""`isonet-fast evaluate`: top-1 and top-5 of a checkpoint of ours or of the official code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.isonet import BLOCKS, BOTTLENECK
+from ..models.load_official import official_state, read_checkpoint
+from . import checkpoint, config
+from .build import build_model, choose_device
+from .config import Config, Model
+from .datasets import open_source
+from .loader import Loader
+from .loop import validate
+
+
+def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str | None = None) -> dict[str, float]:
+    """Evaluate the checkpoint at `path` (a file, or the directory of a run: its best.pt, else latest.pt).
+
+    The network is the one that the checkpoint says it is; an official checkpoint says it by its names and shapes.
+    Prints and returns loss, top1 and top5 (percent), images and corrupt.
+    """
+    contents, path = _read(path)
+    ours = isinstance(contents, Mapping) and "format" in contents
+    given = [*settings, *([f"data.source={data}"] if data is not None else [])]
+    settled = config.load(preset, given, contents["config"] if ours else None)
+    state = contents["model"] if ours else official_state(contents, path)
+    if not ours and preset is None:
+        settled.model = recognise(state, path)
+    unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
+    if unusual:
+        raise ValueError(f"{path} holds no network of this package: no {', '.join(sorted(unusual))} in it")
+    classes, channels = state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1]
+    source = open_source(settled.data, settled.seed, evaluating=True)
+    if (source.num_classes, source.channels) != (classes, channels):
+        raise ValueError(
+            f"{path} tells {classes} classes apart in images of {channels} channels; "
+            f"{settled.data.source} has {source.num_classes} classes and {source.channels} channels"
+        )
+    device = choose_device(settled.device)
+    model = build_model(settled.model, classes, channels)
+    _fit(model, state, path)
+    model.to(device)
+    if settled.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _report(model, source.val, settled, device)
+
+
+def _report(model: nn.Module, examples: Any, settled: Config, device: torch.device) -> dict[str, float]:
+    pin = device.type == "cuda"
+    loader = Loader(examples, settled.data.eval_batch_size, settled.data.workers, settled.seed, False, pin)
+    sums, corrupt = validate(model, loader, settled, device)
+    if corrupt and settled.data.strict:
+        raise ValueError(f"corrupt image: {corrupt[0]}; without --strict it would be skipped")
+    for image in corrupt:
+        print(f"skipped a corrupt image: {image}")
+    means = sums.means()
+    skipped = f", {len(corrupt)} corrupt skipped" if corrupt else ""
+    print(
+        f"top-1 {means['top1']:.2f} %, top-5 {means['top5']:.2f} %, loss {means['loss']:.4f} "
+        f"({sums.examples} images{skipped})"
+    )
+    return {**means, "images": sums.examples, "corrupt": len(corrupt)}
+
+
+def _read(path: Path) -> tuple[Any, Path]:
+    if path.is_dir():
+        path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
+    contents = read_checkpoint(path)
+    if isinstance(contents, Mapping) and "format" in contents:
+        return checkpoint.load(path), path
+    return contents, path
+
+
+def recognise(state: Mapping[str, Tensor], path: Path) -> Model:
+    """Which of the published networks an official checkpoint holds, by the names of its weights."""
+    blocks = [len({name.split(".")[1] for name in state if name.startswith(f"s{n}.")}) for n in range(1, 5)]
+    bottleneck, residual = "s1.b1.f.c.weight" in state, "s1.b1.f.shared_scalar.scale" in state
+    for depth, published in BLOCKS.items():
+        if tuple(blocks) == published and bottleneck == (depth in BOTTLENECK):
+            return Model(f"{'r' if residual else ''}isonet{depth}")
+    raise ValueError(
+        f"{path} holds none of the published networks ({len(state)} weights, the first {next(iter(state))!r}); "
+        "say which one with --config"
+    )
+
+
+def _fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error

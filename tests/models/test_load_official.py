@@ -1,0 +1,97 @@
+"""Official checkpoint files: read, refused with a reason, never executed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from isonet_fast.models import isonet_cifar, load_official
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return isonet_cifar(8, residual=True)
+
+
+def saved(path: Path, contents: object, **options: object) -> Path:
+    torch.save(contents, path, **options)  # type: ignore[arg-type]
+    return path
+
+
+def net(seed: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    state = isonet_cifar(8, residual=True).state_dict()
+    return {f"module.{name}": torch.randn_like(value) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("new_format", [True, False])  # the published files are of PyTorch 1.4: the old format
+def test_a_whole_snapshot(model: nn.Module, tmp_path: Path, new_format: bool) -> None:
+    weights = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict()
+    contents = {"net": weights, "optim": optimizer, "epoch": 3, "train_accuracy": [0.5], "test_accuracy": [1.5]}
+    path = saved(tmp_path / "latest.pt", contents, _use_new_zipfile_serialization=new_format)
+    assert load_official(model, path) is model
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[f"module.{name}"])
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (Malicious.target,)
+
+
+def test_a_malicious_pickle_runs_nothing(model: nn.Module, tmp_path: Path) -> None:
+    Malicious.target = str(tmp_path / "owned")
+    path = saved(tmp_path / "bad.pt", {"net": net(), "epoch": Malicious()})
+    with pytest.raises(ValueError, match=r"bad\.pt is refused, nothing in it was run.*mkdir"):
+        load_official(model, path)
+    assert not (tmp_path / "owned").exists()
+
+
+def spoilt(**changes: object) -> dict:
+    state = net()
+    for name, value in changes.items():
+        state["module." + name.replace("__", ".")] = value  # type: ignore[assignment]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ([1, 2], r"no official checkpoint: expected a dict with the key \"net\", found a list"),
+        ({"model": {}}, r"found keys 'model'"),
+        ({"net": net(), "code": "x"}, r"keys \['code'\] are not among"),
+        ({"net": {}}, r"\"net\" must be a dict of weights, found dict of 0 entries"),
+        ({"net": {"module.a": 3}}, r"found 'module.a': int"),
+        ({"net": {"module.a": torch.ones(1, dtype=torch.long)}}, r"found 'module.a': torch.int64 tensor"),
+        ({"net": {"a": torch.ones(1)}}, r"must start with \"module.\", found 'a'"),
+        ({"net": spoilt(extra=torch.ones(1))}, r"unexpected extra$"),
+        (
+            {"net": spoilt(head__fc__bias=torch.ones(7))},
+            r"shapes differ: head.fc.bias \(7,\) where the model has \(10,\)",
+        ),
+        ({"net": {"module.head.fc.bias": torch.ones(10)}}, r"missing stem.conv.weight, .* and \d+ more$"),
+    ],
+)
+def test_anything_else_is_refused(model: nn.Module, tmp_path: Path, contents: object, message: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_official(model, saved(tmp_path / "file.pt", contents))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [0, 10, 2000])
+def test_a_damaged_file(model: nn.Module, tmp_path: Path, keep: int) -> None:
+    path = saved(tmp_path / "cut.pt", {"net": net()})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.pt"):
+        load_official(model, path)
+
+
+def test_no_file(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_official(model, tmp_path / "absent.pt")

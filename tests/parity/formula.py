@@ -1,0 +1,55 @@
+"""Weights, images and projections by formula: the same float64 values on every machine, with no random generator.
+
+Integers are hashed exactly, so that nothing depends on a library's sine or on its random stream.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+BATCH, SIZE = 2, 64  # the last stage still has 2x2 pixels, so that every tap of a 3x3 kernel counts
+
+
+def uniform(shape: tuple[int, ...], stream: int) -> Tensor:
+    """Values in [-1, 1), multiples of 2^-30, from a hash of (stream, position)."""
+    h = torch.arange(math.prod(shape), dtype=torch.int64) + stream * 1_000_003
+    for multiplier in (0x45D9F3B, 0x119DE1F3):  # below 2^31 each: no overflow of int64
+        h = ((h ^ (h >> 16)) * multiplier) & 0x7FFFFFFF
+    h = h ^ (h >> 15)
+    return (h.double() / 2**30 - 1).view(shape)
+
+
+@torch.no_grad()
+def fill_(model: nn.Module) -> None:
+    """Near an isometry, yet generic: delta plus noise, biases that block some of the units, branches that count."""
+    for stream, (name, p) in enumerate(model.named_parameters()):
+        noise = uniform(tuple(p.shape), stream)
+        if name.endswith("srelu_bias"):
+            p.copy_(-0.6 + 0.4 * noise)
+        elif name.endswith("scale"):
+            p.copy_(0.1 + 0.08 * noise)
+        elif name == "head.fc.bias":
+            p.copy_(0.1 * noise)
+        elif name in ("head.fc.weight", "stem.conv.weight"):
+            p.copy_(noise * math.sqrt(3 / p[0].numel()))
+        else:
+            nn.init.dirac_(p)
+            p.add_(0.15 * noise * math.sqrt(3 / p[0].numel()))
+
+
+def images() -> Tensor:
+    return math.sqrt(3) * uniform((BATCH, 3, SIZE, SIZE), 1_000)
+
+
+def labels() -> Tensor:
+    return torch.tensor([17, 901])
+
+
+def measure(tensor: Tensor, stream: int) -> list[float]:
+    """Norm, and projection on a generic direction of unit norm (a norm alone would not see a permutation)."""
+    direction = uniform(tuple(tensor.shape), 10_000 + stream)
+    direction = direction / direction.norm().clamp_min(1e-300)
+    return [tensor.norm().item(), (tensor * direction).sum().item()]

@@ -1,0 +1,159 @@
+"""convert: same outputs, gradients, state_dict, Parameters, hooks; what it must not touch is left and listed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import isonet_fast
+from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, convert
+
+
+def SReLU(channels: int) -> nn.Module:
+    """A layer of the official shape: class name, parameter and child."""
+
+    def __init__(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.srelu_bias = nn.Parameter(torch.linspace(-1, 0.5, channels).view(1, channels, 1, 1))
+        self.srelu_relu = nn.ReLU(inplace=True)
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return self.srelu_relu(x - self.srelu_bias) + self.srelu_bias
+
+    return type("SReLU", (nn.Module,), {"__init__": __init__, "forward": forward})()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        SReLU(8),
+        nn.Conv2d(8, 8, 3, groups=2, stride=2, bias=False),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 4, 1), SReLU(4)),
+    ).double()
+
+
+def test_same_outputs_gradients_and_state() -> None:
+    model = network().eval()
+    reference = copy.deepcopy(model)
+    parameters, state = list(model.parameters()), list(model.state_dict())
+    converted = convert(model)
+    assert converted is model
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert state == list(model.state_dict())
+    assert not any(m.training for m in model.modules())
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    grads = []
+    for net in (model, reference):
+        out = net(x)
+        out.square().sum().backward()
+        grads.append([out.detach(), *(p.grad for p in net.parameters())])
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert type(model[0]) is OrthoConv2d and type(model[1]) is isonet_fast.SReLU
+    assert type(model[3]) is nn.ReLU
+    assert type(model[4][0]) is OrthoConv2d
+    assert "penalty='isonet'" in repr(model[0]) and "reflect" in repr(model[0])
+
+
+def test_optimizer_built_before_goes_on() -> None:
+    model, other = network(), network()
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, other)]
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    for n in range(3):
+        if n == 1:
+            convert(model)
+        for net, optimizer in zip((model, other), optimizers):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_still_fire_and_their_handles_still_remove_them() -> None:
+    model, calls = network(), []
+    forward = model[0].register_forward_hook(lambda module, i, o: calls.append(("forward", type(module))))
+    model[1].register_full_backward_hook(lambda module, i, o: calls.append(("backward", type(module))))
+    model[2].register_forward_pre_hook(lambda module, i: calls.append(("pre", type(module))))
+    convert(model)
+    x = torch.randn(1, 3, 9, 9, dtype=torch.float64)
+    model(x).sum().backward()
+    assert calls == [("forward", OrthoConv2d), ("pre", OrthoConv2d), ("backward", isonet_fast.SReLU)]
+    forward.remove()
+    model(x)
+    assert calls[3:] == [("pre", OrthoConv2d)]
+
+
+def test_a_shared_layer_is_replaced_once() -> None:
+    shared = nn.Conv2d(4, 4, 1)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    convert(model)
+    assert model["a"] is model["b"][0] and type(model["a"]) is OrthoConv2d
+
+
+def test_other_dimensions_and_a_bare_layer() -> None:
+    assert type(convert(nn.Conv1d(2, 2, 3))) is OrthoConv1d
+    assert type(convert(nn.Conv3d(2, 2, 3))) is OrthoConv3d
+    transposed = nn.ConvTranspose2d(2, 2, 3)
+    assert convert(transposed) is transposed
+
+
+def test_converting_twice_changes_nothing() -> None:
+    model = convert(network())
+    before = list(model.modules())
+    assert [id(m) for m in convert(model).modules()] == [id(m) for m in before]
+
+
+class Standardised(nn.Conv2d):
+    pass
+
+
+def test_what_is_left_is_listed_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleDict(
+        {
+            "subclass": Standardised(2, 2, 1),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)),
+            "compiled": torch.compile(nn.Sequential(nn.Conv2d(2, 2, 1))),
+            "plain": nn.Conv2d(2, 2, 1),
+        }
+    )
+    model["patched"] = nn.Conv2d(2, 2, 1)
+    model["patched"].forward = lambda x: x  # type: ignore[method-assign]
+    types = {name: type(m) for name, m in model.items()}
+    with caplog.at_level(logging.WARNING, "isonet_fast.convert"):
+        convert(model)
+    assert {name: type(m) for name, m in model.items()} == {**types, "plain": OrthoConv2d}
+    assert len(caplog.records) == 1
+    text = caplog.text
+    for fragment in (
+        "subclass (a subclass, Standardised)",
+        "parametrized (parametrized)",
+        "compiled (compiled)",
+        "patched",
+    ):
+        assert fragment in text
+    assert "plain" not in text
+
+
+def test_not_a_module() -> None:
+    with pytest.raises(TypeError, match="got list"):
+        convert([nn.Conv2d(1, 1, 1)])  # type: ignore[arg-type]
+
+
+def test_torchvision_resnet() -> None:
+    try:
+        from torchvision.models import resnet18
+    except (ImportError, RuntimeError) as error:  # its wheel may not fit this torch
+        pytest.skip(f"no usable torchvision: {error}")
+    torch.manual_seed(0)
+    model = resnet18().eval()
+    reference, state = copy.deepcopy(model), list(model.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(convert(model)(x), reference(x))
+    assert list(model.state_dict()) == state

@@ -1,0 +1,96 @@
+"""Configurations: every preset is the published recipe; anything unknown or of the wrong type is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isonet_fast.train import config, schedule
+
+PUBLISHED = {  # learning rate, batch per GPU, gamma, dropout
+    "isonet18": (0.01, 128, 1e-4, 0.1),
+    "isonet34": (0.01, 128, 1e-4, 0.1),
+    "isonet50": (0.0075, 96, 1e-4, 0.1),
+    "isonet101": (0.005, 64, 3e-4, 0.1),
+    "risonet18": (0.05, 128, 1e-4, 0.4),
+    "risonet34": (0.05, 128, 1e-4, 0.4),
+    "risonet50": (0.025, 64, 1e-4, 0.4),
+    "risonet101": (0.0125, 32, 1e-4, 0.4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes(name: str) -> None:
+    c = config.load(name)
+    assert (c.optimizer.lr, c.data.batch_size, c.penalty.coeff, c.model.dropout) == PUBLISHED[name]
+    assert (c.model.name, c.optimizer.momentum, c.optimizer.weight_decay, c.penalty.kind) == (name, 0.9, 1e-4, "isonet")
+    assert (c.schedule.epochs, c.schedule.warmup, c.schedule.milestones) == (100, 5, [30, 60, 90])
+
+
+def test_presets_are_those_and_the_small_ones() -> None:
+    assert config.presets() == sorted([*PUBLISHED, "isonet_cifar110", "isonet_digits"])
+
+
+def test_settings_come_last_and_are_typed() -> None:
+    c = config.load("isonet50", ["optimizer.lr=1e-3", "schedule.milestones=[3, 5]", "optimizer.clip=1", "compile=true"])
+    assert c.optimizer.lr == 1e-3 and c.schedule.milestones == [3, 5] and c.compile is True
+    assert c.optimizer.clip == 1.0 and isinstance(c.optimizer.clip, float)
+    assert config.load("isonet50", ["optimizer.clip=null"]).optimizer.clip is None
+
+
+def test_a_checkpoint_configuration_reads_back() -> None:
+    c = config.load("risonet101", ["seed=3"])
+    assert config.load(None, ["seed=4"], base=c.as_dict()) == config.load("risonet101", ["seed=4"])
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("model: {name: isonet34}\noptimizer: {lr: 1e-2}\n")
+    c = config.load(str(tmp_path / "mine.yaml"))
+    assert c.model.name == "isonet34" and c.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["optimizer.learning_rate=1"], r"unknown key optimizer\.learning_rate; known: lr, momentum"),
+        (["optimiser.lr=1"], r"unknown key optimiser; did you mean 'optimizer'\?"),
+        (["data.bach_size=1"], r"unknown key data\.bach_size; did you mean 'batch_size'\?"),
+        (["momentum=1"], r"unknown key momentum; did you mean 'optimizer\.momentum'\?"),
+        (["optimizer.lr=fast"], r"optimizer\.lr must be float, got 'fast'"),
+        (["optimizer.lr=true"], r"optimizer\.lr must be float, got True"),
+        (["optimizer.clip=[1]"], r"optimizer\.clip must be float or null, got \[1\]"),
+        (["data.batch_size=1.5"], r"data\.batch_size must be int, got 1\.5"),
+        (["data.batch_size=true"], r"data\.batch_size must be int, got True"),
+        (["data.batch_size=0"], r"data\.batch_size must be positive, got 0"),
+        (["schedule.milestones=[a]"], r"schedule\.milestones\[0\] must be int, got 'a'"),
+        (["schedule.milestones=3"], r"schedule\.milestones must be list\[int\], got 3"),
+        (["penalty.coeff=-1"], r"penalty\.coeff must not be negative"),
+        (["optimizer.lr=.nan"], r"optimizer\.lr must be positive, got nan"),
+        (["optimizer=3"], r"optimizer is a section of keys, got 3"),
+        (["precision=half"], r"precision must be one of float32, bfloat16, float16, got 'half'"),
+        (["lr"], r"a setting is KEY=VALUE"),
+        (["seed=[1"], r"--set seed=\[1 is no valid YAML"),
+        (["seed=!!python/object/apply:os.getpid []"], r"is no valid YAML: could not determine a constructor"),
+    ],
+)
+def test_refusals(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.load("isonet18", settings)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match=r"unknown preset 'isonet51'; did you mean 'isonet50'\?"):
+        config.load("isonet51")
+
+
+def test_schedule() -> None:
+    """Epochs count from 1; the milestone's own epoch is still at the higher rate; groups keep their ratio."""
+    recipe = config.load("isonet18").schedule
+    factors = [schedule.factor(epoch, recipe) for epoch in (1, 4, 5, 30, 31, 60, 61, 91)]
+    assert factors == pytest.approx([0.2, 0.8, 1, 1, 0.1, 0.1, 0.01, 0.001])
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 0.1}])
+    schedule.apply(optimizer, [1.0, 0.1], 31, recipe)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.01])
