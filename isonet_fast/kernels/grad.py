@@ -59,14 +59,15 @@ def _grad_kernel(
         a_tap = tl.load(run + 8)
         for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
             tap = it // steps
-            depth = (it % steps) * DEPTH
-            r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + depth // 128 * panel_rows
-            a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + depth
+            step = it % steps
+            r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + step // (128 // DEPTH) * panel_rows
+            r_column = step % (128 // DEPTH) * DEPTH
+            a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + step * DEPTH
             if TMA:
-                left = residual.load([r_at, depth % 128])
+                left = residual.load([r_at, r_column])
                 right = hi.load([a_at, a_column])
             else:
-                left = tl.load(residual + r_at.to(tl.int64) * 128 + depth % 128 + r[:, None] * 128 + k[None, :])
+                left = tl.load(residual + r_at.to(tl.int64) * 128 + r_column + r[:, None] * 128 + k[None, :])
                 right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
             if IEEE:
                 acc = tl.dot(left, right, acc, input_precision="ieee")
@@ -83,19 +84,19 @@ def _grad_kernel(
         a_tap = tl.load(run + 8)
         for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
             tap = it // steps
-            depth = (it % steps) * DEPTH
+            depth = it % steps * DEPTH
             r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + depth
             a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + depth
             if TMA:
-                left = residual_t.load([r_at, t_column])
+                left = residual_t.load([r_at, t_column]).T
                 right = hi.load([a_at, a_column])
             else:
-                left = tl.load(residual_t + r_at.to(tl.int64) * 128 + t_column + k[:, None] * 128 + r[None, :])
+                left = tl.load(residual_t + r_at.to(tl.int64) * 128 + t_column + r[:, None] + k[None, :] * 128)
                 right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
             if IEEE:
-                acc = tl.dot(left.T, right, acc, input_precision="ieee")
+                acc = tl.dot(left, right, acc, input_precision="ieee")
             else:
-                acc = tl.dot(left.T, right, acc)
+                acc = tl.dot(left, right, acc)
 
     layer = tl.load(tile)
     factor = 2.0 * tl.load(coefficients + layer)

@@ -21,7 +21,7 @@ def _gram_kernel(
     tiles,  # int32 (tiles, 20), see Plan._gram_rows
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    SPLIT: tl.constexpr,  # two bf16 planes, else IEEE float32
+    PRODUCTS: tl.constexpr,  # 3 of two bf16 planes, or 1 of IEEE float32
     TMA: tl.constexpr,
     SAVE: tl.constexpr,  # whether a backward will want R
 ):
@@ -45,33 +45,38 @@ def _gram_kernel(
     # Tensor cores truncate as they add: the small products get accumulators of their own
     acc_hl = tl.zeros((BLOCK, BLOCK), tl.float32)
     acc_lh = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for z in tl.range(0, depth):
-        for it in tl.range(0, height * width * chunks):
-            tap = it // chunks
-            chunk = it % chunks
-            row = z * depth_step + (tap // width) * height_step + (tap % width) * width_step
-            row += chunk // (256 // CHUNK) * panel_rows
-            column = chunk % (256 // CHUNK) * CHUNK
-            if TMA:
-                a_hi = hi.load([a_row + row, column])
-                b_hi = hi.load([b_row + row, column])
-                a_lo = lo.load([a_row + row, column])
-                b_lo = lo.load([b_row + row, column])
-            else:
-                a_at = (a_row + row).to(tl.int64) * 256 + column
-                b_at = (b_row + row).to(tl.int64) * 256 + column
-                a_hi = tl.load(hi + a_at + inside)
-                b_hi = tl.load(hi + b_at + inside)
-                if SPLIT:
-                    a_lo = tl.load(lo + a_at + inside)
-                    b_lo = tl.load(lo + b_at + inside)
-            if SPLIT:
-                acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
-                acc_lh = tl.dot(a_lo, b_hi.T, acc_lh)
-                acc = tl.dot(a_hi, b_hi.T, acc)
-            else:
-                acc = tl.dot(a_hi, b_hi.T, acc, input_precision="ieee")
-    if SPLIT:
+    # One flat loop: around an inner one, Blackwell would carry all three accumulators in registers
+    for it in tl.range(0, depth * height * width * chunks):
+        tap = it // chunks
+        chunk = it % chunks
+        line = tap // width
+        row = (line // height) * depth_step + (line % height) * height_step + (tap % width) * width_step
+        row += chunk // (256 // CHUNK) * panel_rows
+        column = chunk % (256 // CHUNK) * CHUNK
+        if TMA:
+            a_hi = hi.load([a_row + row, column])
+            b_hi = hi.load([b_row + row, column])
+            a_lo = lo.load([a_row + row, column])
+            b_lo = lo.load([b_row + row, column])
+        else:
+            a_at = (a_row + row).to(tl.int64) * 256 + column
+            b_at = (b_row + row).to(tl.int64) * 256 + column
+            a_hi = tl.load(hi + a_at + inside)
+            b_hi = tl.load(hi + b_at + inside)
+            if PRODUCTS == 3:
+                a_lo = tl.load(lo + a_at + inside)
+                b_lo = tl.load(lo + b_at + inside)
+        if PRODUCTS == 1:
+            acc = tl.dot(a_hi, b_hi.T, acc, input_precision="ieee")
+        elif TMA:
+            acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
+            acc_lh = tl.dot(a_lo, b_hi.T, acc_lh)
+            acc = tl.dot(a_hi, b_hi.T, acc)
+        else:  # mma holds operands in registers too: the two small products share an accumulator
+            acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
+            acc_hl = tl.dot(a_lo, b_hi.T, acc_hl)
+            acc = tl.dot(a_hi, b_hi.T, acc)
+    if PRODUCTS == 3:
         acc += acc_hl + acc_lh
     ones = tl.load(tile + 16)
     acc -= tl.where((r[:, None] == c[None, :]) & (r[:, None] < ones), 1.0, 0.0)

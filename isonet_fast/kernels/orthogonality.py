@@ -166,7 +166,7 @@ def _forward(
         box = [tile.block, tile.chunk]
         _gram_kernel[(len(plan.gram_tiles[tile]),)](
             _plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream),
-            BLOCK=tile.block, CHUNK=tile.chunk, SPLIT=split, TMA=plan.variant.tma, SAVE=save,
+            BLOCK=tile.block, CHUNK=tile.chunk, PRODUCTS=3 if split else 1, TMA=plan.variant.tma, SAVE=save,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     _finish_kernel[(1,)](

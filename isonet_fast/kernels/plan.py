@@ -75,14 +75,14 @@ VARIANTS = {
     # sm_80, 86, 89, 120: pointers, within 99 KB
     "pointer": Variant(
         False,
-        (GramTile(128, 32, 8, 3), GramTile(64, 64, 4, 3)),
-        (GradTile(128, 128, 64, 8, 3, 1.0), GradTile(64, 128, 64, 4, 3, 1.5)),
+        (GramTile(128, 32, 8, 4), GramTile(64, 64, 4, 4)),
+        (GradTile(128, 128, 64, 8, 4, 1.0), GradTile(64, 128, 64, 4, 4, 1.5)),
     ),
     # precision="highest": IEEE float32 has no tensor cores; operands are held in registers, so steps are short
     "highest": Variant(
         False,
-        (GramTile(64, 16, 4, 3),),
-        (GradTile(64, 64, 16, 4, 3, 1.0),),
+        (GramTile(64, 16, 4, 4),),
+        (GradTile(64, 64, 16, 4, 4, 1.0),),
     ),
 }
 
