@@ -19,7 +19,7 @@ def _grad_kernel(
     residual,  # (rows, 128): boxes of (ROWS, DEPTH), or a pointer
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
     hi,  # (rows, 256): boxes of (DEPTH, COLUMNS)
-    out,  # uint8: what the views' addresses are relative to
+    out,  # float32: what the views' addresses are relative to, unless they are added to
     tiles,  # int32 (tiles, 16), see Plan._grad_rows
     runs,  # int32 (runs, 12), see plan._append_runs
     views,  # int64 (layers, 20), see layout.py

@@ -24,7 +24,7 @@ from .grad import _grad_kernel
 from .gram import _gram_kernel
 from .pack import _pack_kernel
 from .plan import PACK_COLUMNS, PACK_ROWS, Plan
-from .tables import Tables
+from .tables import Flat, Tables
 
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -109,12 +109,11 @@ def backward(
 ) -> list[Tensor]:
     """grad_output * dloss/dW of every weight, in its dtype and strides: views of one buffer."""
     tables = _prepare(weights, layers, precision, offsets)
+    layout = tables.flat(weights)
     with _on(tables.device) as stream:
-        size, places, view = tables.flat(weights)
-        flat = torch.empty(size, dtype=torch.uint8, device=tables.device)
-        _grad(tables, saved, view.on(stream), coefficients, stream, flat=flat, grad_output=grad_output.float())
-    typed = {dtype: flat.view(dtype) for dtype in {place[1] for place in places}}
-    return [typed[dtype].as_strided(shape, strides, offset) for offset, dtype, shape, strides in places]
+        flat = _grad_to_flat(tables, layout, saved, coefficients, grad_output, stream)
+        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in layout.regions}}
+    return [typed[p.dtype].as_strided(p.shape, p.strides, p.at_in_region) for p in layout.places]
 
 
 def accumulate_grad_(
@@ -130,7 +129,14 @@ def accumulate_grad_(
     tables = _prepare(weights, layers, precision, offsets)
     with _on(tables.device) as stream:
         loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
-        _grad(tables, saved, tables.view("add", grads).on(stream), coefficients, stream, scale=scale)
+        if all(g.dtype == torch.float32 for g in grads):
+            _grad(tables, saved, tables.view("add", grads).on(stream), coefficients, stream, scale=scale)
+        else:  # half precision: formed in float32, added with one rounding
+            layout = tables.flat(weights)
+            factor = torch.full((), scale, device=tables.device)
+            flat = _grad_to_flat(tables, layout, saved, coefficients, factor, stream)
+            for grad, place in zip(grads, layout.places, strict=True):
+                grad.add_(flat.as_strided(place.shape, place.strides, place.at))
     return loss, losses
 
 
@@ -152,7 +158,7 @@ def _forward(
     split = plan.precision is None
     dtype = torch.bfloat16 if split else torch.float32
     hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
-    lo = torch.empty_like(hi) if split else hi
+    lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
     residual = torch.empty(plan.residual_shape if save else (1, 128), dtype=dtype, device=device)
     partials = torch.empty(max(1, plan.partials), device=device)
     losses = torch.empty(len(weights), device=device)
@@ -175,6 +181,14 @@ def _forward(
         LAYERS=min(128, triton.next_power_of_2(len(weights))), PARTIALS=64, num_warps=8,
     )  # fmt: skip
     return loss, losses, [hi, residual] if save else []
+
+
+def _grad_to_flat(
+    tables: Tables, layout: Flat, saved: Sequence[Tensor], coefficients: tuple[float, ...], factor: Tensor, stream: Any
+) -> Tensor:
+    flat = torch.empty(layout.size, device=tables.device)
+    _grad(tables, saved, layout.table.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
+    return flat
 
 
 def _grad(

@@ -39,9 +39,7 @@ def _pack_kernel(
     dtype = tl.load(view + 7)
     rows_first = tl.load(view + 8) == 2
     merged = tl.load(view + 11).to(tl.int32)
-    row_group, row_offset = side(
-        tl.load(tile + 2) + r, tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view
-    )
+    row_group, row_offset = side(tl.load(tile + 2) + r, tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view)
     column_group, column_offset = side(
         tl.load(tile + 3) + c, tl.load(view + 10), tl.load(view + 14), tl.load(view + 3), view
     )

@@ -65,6 +65,25 @@ class View(NamedTuple):
     table: Table
 
 
+class Place(NamedTuple):
+    """A gradient's place: in the float32 buffer, and in its dtype's region of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    at: int
+    at_in_region: int
+
+
+class Flat(NamedTuple):
+    """The layout of the gradients' buffer; regions are (dtype, start, end) of what is rounded to half precision."""
+
+    size: int
+    places: list[Place]
+    regions: list[tuple[torch.dtype, int, int]]
+    table: Table
+
+
 class Tables:
     """Everything of one plan that lives on one device."""
 
@@ -79,7 +98,7 @@ class Tables:
         self._static = _static_columns(plan)
         self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}
-        self._flat: tuple[tuple, list, Table] | None = None
+        self._flat: tuple[tuple, Flat] | None = None
 
     def coefficients(self, values: tuple[float, ...]) -> Table:
         if self._coefficients is None or self._coefficients[0] != values:
@@ -99,21 +118,30 @@ class Tables:
         self._views[role] = View(addresses, strides, dtypes, table)
         return table
 
-    def flat(self, weights: Sequence[Tensor]) -> tuple[int, list, Table]:
-        """Where gradients lie in one buffer of bytes: its size; offset, dtype, shape and strides of each; the view."""
+    def flat(self, weights: Sequence[Tensor]) -> Flat:
+        """Where the gradients lie in one float32 buffer, every dtype's together."""
         key = [w.stride() for w in weights], [w.dtype for w in weights]
         if self._flat is None or self._flat[0] != key:
-            places, at = [], 0
-            for weight in weights:
-                like = torch.empty_like(weight, device="meta")
-                places.append((at // like.element_size(), like.dtype, tuple(like.shape), like.stride()))
-                at += -(-like.numel() * like.element_size() // 256) * 256  # 16-byte stores, whole cache lines
-            starts = [offset * dtype.itemsize for offset, dtype, _, _ in places]
-            rows = self._rows(starts, [p[3] for p in places], [p[1] for p in places], reading=False)
-            self._flat = key, [at, places], Table(rows, self.device)
-        return *self._flat[1], self._flat[2]
+            places: list[Place | None] = [None] * len(weights)
+            regions, at = [], 0
+            for dtype in DTYPES:
+                start = at
+                for n, weight in enumerate(weights):
+                    if weight.dtype == dtype:
+                        strides = torch.empty_like(weight, device="meta").stride()
+                        places[n] = Place(dtype, tuple(weight.shape), strides, at, at - start)
+                        at += -(-weight.numel() // 64) * 64  # whole cache lines: 16-byte stores
+                if dtype != torch.float32 and at > start:
+                    regions.append((dtype, start, at))
+            found = [place for place in places if place is not None]
+            rows = self._rows(
+                [p.at * 4 for p in found], [p.strides for p in found], [torch.float32] * len(found), False
+            )
+            self._flat = key, Flat(at, found, regions, Table(rows, self.device))
+        return self._flat[1]
 
     def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
+        """One row of 20 per tensor; see layout.py."""
         rows = self._static.copy()
         rows[:, 0] = addresses
         for n, (layer, stride, dtype) in enumerate(zip(self.plan.layers, strides, dtypes, strict=True)):
