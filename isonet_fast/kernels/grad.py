@@ -6,6 +6,8 @@ One program per tile of one dL/dA_u: a loop over the offsets that are stored, th
 transposed. Scaled by 2 * coefficient * grad_output, and stored through the layer's view, in its own layout.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -6,6 +6,8 @@ One program per tile of one G_t. The taps that overlap at one offset form a rect
 planes are padded, so nothing in the loop is masked. A mask or a table there would stop the loads from running ahead.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

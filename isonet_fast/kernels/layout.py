@@ -4,6 +4,8 @@ A *view* is one row of int64 per layer (columns below); the pack kernel reads we
 writes gradients through it.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -23,7 +22,7 @@ from .finish import _finish_kernel
 from .grad import _grad_kernel
 from .gram import _gram_kernel
 from .pack import _pack_kernel
-from .plan import PACK_COLUMNS, PACK_ROWS, Plan
+from .plan import Plan
 from .tables import Flat, Tables
 
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
@@ -166,19 +165,18 @@ def _forward(
     if len(plan.pack_tiles):
         _pack_kernel[(len(plan.pack_tiles),)](
             hi, lo, tables.pack.on(stream), tables.view("read", weights).on(stream),
-            ROWS=PACK_ROWS, COLUMNS=PACK_COLUMNS, SPLIT=split, num_warps=4,
+            **planning.pack_options(plan.variant),
         )  # fmt: skip
     for tile, table in tables.gram.items():
         box = [tile.block, tile.chunk]
         _gram_kernel[(len(plan.gram_tiles[tile]),)](
             _plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream),
-            BLOCK=tile.block, CHUNK=tile.chunk, PRODUCTS=3 if split else 1, TMA=plan.variant.tma, SAVE=save,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **planning.gram_options(plan.variant, tile, save),
         )  # fmt: skip
     _finish_kernel[(1,)](
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
         tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
-        LAYERS=min(128, triton.next_power_of_2(len(weights))), PARTIALS=64, num_warps=8,
+        **planning.finish_options(len(weights)),
     )  # fmt: skip
     return loss, losses, [hi, residual] if save else []
 
@@ -203,8 +201,7 @@ def _grad(
             _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
             _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), tables.runs.on(stream), view,
             tables.coefficients(coefficients).on(stream), grad_output, scale,
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, IEEE=plan.precision is not None,
-            TMA=plan.variant.tma, ACCUMULATE=flat is None, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **planning.grad_options(plan.variant, tile, flat is None),
         )  # fmt: skip
 
 

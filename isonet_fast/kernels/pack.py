@@ -7,6 +7,8 @@ the fastest dimension, so that one piece's taps share cache lines, which stay in
 layers, groups and the flattening of penalty="matrix" end here: the matrix kernels see one kind of problem.
 """
 
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import triton
@@ -51,7 +53,7 @@ def _pack_kernel(
     mask = row_group[:, None] == column_group[None, :]
     offset_t = row_offset[None, :] + column_offset[:, None]
     mask_t = row_group[None, :] == column_group[:, None]
-    for tap in range(0, taps):
+    for tap in range(taps):
         at = tap_offset(tap, view)
         if dtype == 0:
             pointer = address.to(tl.pointer_type(tl.float32)) + at

@@ -23,7 +23,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Variant(NamedTuple):
     """A set of tiles, largest first, and how they read memory."""
 
     tma: bool
+    products: int  # 3 of bf16 planes, or 1 of IEEE float32
     gram: tuple[GramTile, ...]
     grad: tuple[GradTile, ...]
 
@@ -69,22 +70,45 @@ VARIANTS = {
     # sm_90, sm_100: descriptors, up to 227 KB of shared memory
     "tma": Variant(
         True,
+        3,
         (GramTile(128, 64, 8, 3), GramTile(64, 64, 4, 3)),
         (GradTile(128, 256, 64, 8, 4, 1.0), GradTile(64, 128, 64, 4, 4, 1.5)),
     ),
     # sm_80, 86, 89, 120: pointers, within 99 KB
     "pointer": Variant(
         False,
+        3,
         (GramTile(128, 32, 8, 4), GramTile(64, 64, 4, 4)),
         (GradTile(128, 128, 64, 8, 4, 1.0), GradTile(64, 128, 64, 4, 4, 1.5)),
     ),
     # precision="highest": IEEE float32 has no tensor cores; operands are held in registers, so steps are short
     "highest": Variant(
         False,
+        1,
         (GramTile(64, 16, 4, 4),),
         (GradTile(64, 64, 16, 4, 4, 1.0),),
     ),
 }
+
+
+def pack_options(variant: Variant) -> dict[str, Any]:
+    """Meta-parameters of the launches: orthogonality.py launches with them, tools/lower_triton.py compiles with them."""
+    return {"ROWS": PACK_ROWS, "COLUMNS": PACK_COLUMNS, "SPLIT": variant.products == 3, "num_warps": 4}
+
+
+def gram_options(variant: Variant, tile: GramTile, save: bool) -> dict[str, Any]:
+    sizes = {"BLOCK": tile.block, "CHUNK": tile.chunk, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return sizes | {"PRODUCTS": variant.products, "TMA": variant.tma, "SAVE": save}
+
+
+def grad_options(variant: Variant, tile: GradTile, accumulate: bool) -> dict[str, Any]:
+    sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+    sizes |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return sizes | {"IEEE": variant.products == 1, "TMA": variant.tma, "ACCUMULATE": accumulate}
+
+
+def finish_options(layers: int) -> dict[str, Any]:
+    return {"LAYERS": min(128, 1 << (layers - 1).bit_length()), "PARTIALS": 32, "num_warps": 8}
 
 
 def _ceil(value: int, step: int) -> int:
@@ -158,6 +182,8 @@ def _lay_out(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]], pre
     packed: list[Packed] = []
     plane = residual = 0
     for layer, ts in zip(layers, offsets, strict=True):
+        if math.prod(layer.shape) >= 2**31:
+            raise ValueError(f"a weight of shape {layer.shape} has more elements than 32-bit offsets can name")
         one = Packed(layer, tuple(ts), False, plane, residual)
         # 64-row tiles read twice as many bytes per multiply-add; 1.5 is their price in the L2-bound regime
         wide = _pad(one.rows, 128) ** 2 <= 1.5 * _pad(one.rows, 64) ** 2 and precision is None
@@ -423,7 +449,7 @@ class Plan:
         return rows
 
 
-def _append_runs(p: Packed, u: tuple[int, int, int], runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
+def _append_runs(p: Packed, u: tuple[int, ...], runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
     """Append what the gradient of tap u contracts; returns (first run, first transposed run, last run).
 
     A run is a rectangle of taps walked with arithmetic, from its first to its last index:
@@ -442,7 +468,7 @@ def _is_whole(p: Packed) -> bool:
     return p.offsets == p.layer.offsets and p.kernel[0] == 1
 
 
-def _whole_runs(p: Packed, u: tuple[int, int, int]) -> tuple[list, list]:
+def _whole_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
     """Taps v with v - u in T form a lattice with u on it; those from u on are the direct run, those before it the
     transposed one. The index of offset t is (line of t) * width of T + (column of t)."""
     _, ky, kx = p.kernel
@@ -461,7 +487,7 @@ def _whole_runs(p: Packed, u: tuple[int, int, int]) -> tuple[list, list]:
     return [direct], [transposed] if here else []
 
 
-def _partial_runs(p: Packed, u: tuple[int, int, int]) -> tuple[list, list]:
+def _partial_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
     """Any subset of the offsets, any dimension: maximal arithmetic progressions."""
     _, ky, kx = p.kernel
     found: tuple[list, list] = ([], [])
@@ -478,7 +504,8 @@ def _partial_runs(p: Packed, u: tuple[int, int, int]) -> tuple[list, list]:
 
 
 def _progressions(pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]:
-    runs, at = [], 0
+    runs: list[tuple[int, ...]] = []
+    at = 0
     while at < len(pairs):
         end = at + 1
         step = (0, 0)

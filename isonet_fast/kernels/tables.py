@@ -145,6 +145,8 @@ class Tables:
         rows = self._static.copy()
         rows[:, 0] = addresses
         for n, (layer, stride, dtype) in enumerate(zip(self.plan.layers, strides, dtypes, strict=True)):
+            if sum((k - 1) * abs(s) for k, s in zip(layer.shape, stride, strict=True)) >= 2**31:
+                raise ValueError(f"weight {n}, strides {stride}, spans more elements than 32-bit offsets can name")
             outputs, inputs, *taps = stride
             rows[n, 1] = layer.shape[0] // layer.groups * outputs
             rows[n, 2:4] = (inputs, outputs) if layer.transposed else (outputs, inputs)
@@ -189,5 +191,5 @@ def _static_columns(plan: Plan) -> np.ndarray:
     for n, p in enumerate(plan.packed):
         kernel = p.layer.shape[2:]
         rows[n, 9:13] = p.layer.rows, p.layer.columns, p.merged, p.layer.groups
-        rows[n, 15:17] = ((1, 1, 1) + kernel)[-2:]
+        rows[n, 15:17] = (1, 1, 1, *kernel)[-2:]
     return rows

@@ -142,6 +142,8 @@ def test_small_groups_share_a_block():
     assert math.prod(plan.planes_shape) * 4 < 32 * 2**20
 
 
-def test_rejects_more_rows_than_a_coordinate_can_name():
+@pytest.mark.parametrize("shape", [(2**16, 2**13, 3, 3), (2**15, 2**15)])
+def test_rejects_more_than_32_bits_can_name(shape):
+    layers = (Layer(shape, (1,) * (len(shape) - 2), (1,) * (len(shape) - 2), 1, "isonet"),)
     with pytest.raises(ValueError, match="32-bit"):
-        make((Layer((2**16, 2**16, 3, 3), (1, 1), (1, 1), 1, "isonet"),) * 2)
+        planning.shapes(layers * 600, shard(layers, 0, 1) * 600, None)
