@@ -1,0 +1,179 @@
+"""grad: the gradient of every weight from the stored residuals and the packed hi plane.
+
+    dL/dA_u = 2 * sum over v with v - u in T of R_{v-u} A_v,        R_{-t} = R_t^T
+
+One program per tile of one dL/dA_u: a loop over the offsets that are stored, then one over those that are read
+transposed. Scaled by 2 * coefficient * grad_output, and stored through the layer's view, in its own layout.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import side, tap_offset
+
+
+@triton.jit
+def _grad_kernel(
+    residual,  # (rows, 128): boxes of (ROWS, DEPTH), or a pointer
+    residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
+    hi,  # (rows, 256): boxes of (DEPTH, COLUMNS)
+    out,  # float32: what the views' addresses are relative to, unless they are added to
+    tiles,  # int32 (tiles, 16), see Plan._grad_rows
+    runs,  # int32 (runs, 12), see plan._append_runs
+    views,  # int64 (layers, 20), see layout.py
+    coefficients,  # float64 (layers,)
+    grad_output,  # one float32
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    IEEE: tl.constexpr,
+    TMA: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # add scale * gradient to what is there; else store grad_output * gradient
+):
+    tile = tiles + tl.program_id(0) * 16
+    first_run = tl.load(tile + 5)
+    middle_run = tl.load(tile + 6)
+    last_run = tl.load(tile + 7)
+    r_row = tl.load(tile + 8)
+    t_row = tl.load(tile + 9)
+    t_column = tl.multiple_of(tl.load(tile + 10), ROWS)
+    a_row = tl.load(tile + 11)
+    a_column = tl.multiple_of(tl.load(tile + 12), COLUMNS)
+    panel_rows = tl.load(tile + 13)
+    steps = tl.load(tile + 14) // DEPTH
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
+    k = tl.arange(0, DEPTH)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for index in tl.range(first_run, middle_run):
+        run = runs + index * 12
+        width = tl.load(run + 2)
+        r_base = r_row + tl.load(run + 3)
+        r_line = tl.load(run + 4)
+        r_tap = tl.load(run + 5)
+        a_base = a_row + tl.load(run + 6)
+        a_line = tl.load(run + 7)
+        a_tap = tl.load(run + 8)
+        for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
+            tap = it // steps
+            step = it % steps
+            r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + step // (128 // DEPTH) * panel_rows
+            r_column = step % (128 // DEPTH) * DEPTH
+            a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + step * DEPTH
+            if TMA:
+                left = residual.load([r_at, r_column])
+                right = hi.load([a_at, a_column])
+            else:
+                left = tl.load(residual + r_at.to(tl.int64) * 128 + r_column + r[:, None] * 128 + k[None, :])
+                right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
+            if IEEE:
+                acc = tl.dot(left, right, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(left, right, acc)
+    for index in tl.range(middle_run, last_run):
+        run = runs + index * 12
+        width = tl.load(run + 2)
+        r_base = t_row + tl.load(run + 3)
+        r_line = tl.load(run + 4)
+        r_tap = tl.load(run + 5)
+        a_base = a_row + tl.load(run + 6)
+        a_line = tl.load(run + 7)
+        a_tap = tl.load(run + 8)
+        for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
+            tap = it // steps
+            depth = it % steps * DEPTH
+            r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + depth
+            a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + depth
+            if TMA:
+                left = residual_t.load([r_at, t_column]).T
+                right = hi.load([a_at, a_column])
+            else:
+                left = tl.load(residual_t + r_at.to(tl.int64) * 128 + t_column + r[:, None] + k[None, :] * 128)
+                right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
+            if IEEE:
+                acc = tl.dot(left, right, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(left, right, acc)
+
+    layer = tl.load(tile)
+    factor = 2.0 * tl.load(coefficients + layer)
+    if ACCUMULATE:
+        factor *= scale
+    else:
+        factor *= tl.load(grad_output)
+    acc *= factor.to(tl.float32)
+
+    view = views + layer * 20
+    address = tl.load(view)
+    if not ACCUMULATE:
+        address += out.to(tl.int64)
+    block = tl.load(tile + 1)
+    row = tl.load(tile + 2)
+    column = tl.load(tile + 3)
+    start = tap_offset(tl.load(tile + 4), view).to(tl.int64)
+    path = tl.load(view + 8)
+    if (row + ROWS > tl.load(view + 9)) | (column + COLUMNS > tl.load(view + 10)):
+        path = path * 0  # the tile sticks out
+    start += tl.where(path == 0, 0, block * tl.load(view + 1) + row * tl.load(view + 2) + column * tl.load(view + 3))
+    if last_run > first_run or not ACCUMULATE:  # a layer of another rank has nothing to add
+        at = tl.multiple_of(address.to(tl.pointer_type(tl.float32)) + start, 16)  # only where path is not 0
+        if path == 1:
+            _store_whole(acc, at, tl.load(view + 2) // 4 * 4, False, ACCUMULATE)
+        elif path == 2:
+            _store_whole(acc, at, tl.load(view + 3) // 4 * 4, True, ACCUMULATE)
+        else:
+            _store_any(acc, address, start, block, row, column, view, ACCUMULATE)
+
+
+@triton.jit
+def _store_whole(acc, at, step, ROWS_FIRST: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """A tile of float32 inside the matrix, contiguous along one side: 16-byte stores."""
+    if ACCUMULATE and acc.shape[1] > 64:  # else what is loaded would not fit the registers beside the tile
+        left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+        _store_whole(left, at, step, ROWS_FIRST, ACCUMULATE)
+        _store_whole(right, at + acc.shape[1] // 2 * (step if ROWS_FIRST else 1), step, ROWS_FIRST, ACCUMULATE)
+    else:
+        r = tl.arange(0, acc.shape[0])
+        c = tl.arange(0, acc.shape[1])
+        if ROWS_FIRST:
+            tile = at + step * c[:, None] + r[None, :]
+            values = acc.T
+        else:
+            tile = at + step * r[:, None] + c[None, :]
+            values = acc
+        if ACCUMULATE:
+            values += tl.load(tile)
+        tl.store(tile, values)
+
+
+@triton.jit
+def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.constexpr):
+    """Any strides, merged groups, tiles that stick out; 32 columns at a time, else the addresses would spill.
+
+    Offsets inside a weight fit 32 bits (tables.py checks).
+    """
+    if acc.shape[1] > 32:
+        left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+        _store_any(left, address, start, block, row, column, view, ACCUMULATE)
+        _store_any(right, address, start, block, row, column + acc.shape[1] // 2, view, ACCUMULATE)
+    else:
+        merged = tl.load(view + 11).to(tl.int32)
+        row_group, row_offset = side(
+            row + tl.arange(0, acc.shape[0]), tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view
+        )
+        column_group, column_offset = side(
+            column + tl.arange(0, acc.shape[1]), tl.load(view + 10), tl.load(view + 14), tl.load(view + 3), view
+        )
+        group = block * merged + row_group
+        row_offset += group * tl.load(view + 1).to(tl.int32)
+        row_group = tl.where((row_group < merged) & (group < tl.load(view + 12)), row_group, -1)
+        mask = row_group[:, None] == column_group[None, :]
+        at = address.to(tl.pointer_type(tl.float32)) + start + (row_offset[:, None] + column_offset[None, :])
+        if ACCUMULATE:
+            acc += tl.load(at, mask, other=0.0)
+        tl.store(at, acc, mask)

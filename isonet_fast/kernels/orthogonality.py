@@ -1,0 +1,209 @@
+"""The orthogonality penalty of a list of weights and its gradient: at most six launches, however many layers.
+
+    loss: pack, gram (one launch per tile size), finish        gradient: grad (one launch per tile size)
+
+No launch waits for the host, the same input gives the same bits, and nothing but tables is kept between calls: packed
+planes and residuals belong to the call. A CUDA graph can capture a call once a first one has been made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..geometry import Layer
+from . import plan as planning
+from .finish import _finish_kernel
+from .grad import _grad_kernel
+from .gram import _gram_kernel
+from .pack import _pack_kernel
+from .plan import Plan
+from .tables import Flat, Tables
+
+Offsets = tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def plan(layers: tuple[Layer, ...], precision: str | None, offsets: Offsets, variant: str = "tma") -> Plan:
+    """The plan of these layers, made once; `Plan.summary()` says what each layer costs."""
+    key = layers, offsets, precision, variant
+    if key not in _plans:
+        _plans[key] = Plan(layers, offsets, precision, variant)
+    return _plans[key]
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+class _Prepared:
+    """The tables of one plan on one device. Found by the identity of `layers` and `offsets`: hashing a hundred
+    layers at every call would take as long as launching the kernels."""
+
+    def __init__(self, layers: tuple[Layer, ...], offsets: Offsets, tables: Tables) -> None:
+        self.layers, self.offsets, self.tables = layers, offsets, tables
+
+
+_prepared: dict[tuple, _Prepared] = {}
+_tables: dict[tuple, Tables] = {}
+
+
+def _prepare(weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: str | None, offsets: Offsets) -> Tables:
+    device = weights[0].device
+    quick = id(layers), id(offsets), precision, device
+    found = _prepared.get(quick)
+    if found is not None and found.layers is layers and found.offsets is offsets:
+        return found.tables
+    key = layers, offsets, precision, device
+    if key not in _tables:
+        _tables[key] = Tables(plan(layers, precision, offsets, variant(device, precision)), device)
+    if len(_prepared) >= 64:  # callers that build their tuples anew
+        _prepared.clear()
+    _prepared[quick] = _Prepared(layers, offsets, _tables[key])
+    return _tables[key]
+
+
+def variant(device: torch.device, precision: str | None) -> str:
+    """Descriptors need Hopper's or data-centre Blackwell's copy engine and shared memory."""
+    if precision == "highest":
+        return "highest"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        return "pointer"
+    return "tma"
+
+
+def forward(
+    weights: Sequence[Tensor],
+    layers: tuple[Layer, ...],
+    coefficients: tuple[float, ...],
+    precision: str | None,
+    offsets: Offsets,
+    save: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`."""
+    tables = _prepare(weights, layers, precision, offsets)
+    with _on(tables.device) as stream:
+        return _forward(tables, weights, coefficients, save, stream)
+
+
+def saved_like(
+    weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: str | None, offsets: Offsets
+) -> list[Tensor]:
+    """Empty tensors of the shapes of `saved`: the hi plane and the residuals."""
+    dtype = torch.bfloat16 if precision is None else torch.float32
+    return [weights[0].new_empty(shape, dtype=dtype) for shape in planning.shapes(layers, offsets, precision)]
+
+
+def backward(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layers: tuple[Layer, ...],
+    coefficients: tuple[float, ...],
+    precision: str | None,
+    offsets: Offsets,
+) -> list[Tensor]:
+    """grad_output * dloss/dW of every weight, in its dtype and strides: views of one buffer."""
+    tables = _prepare(weights, layers, precision, offsets)
+    layout = tables.flat(weights)
+    with _on(tables.device) as stream:
+        flat = _grad_to_flat(tables, layout, saved, coefficients, grad_output, stream)
+        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in layout.regions}}
+    return [typed[p.dtype].as_strided(p.shape, p.strides, p.at_in_region) for p in layout.places]
+
+
+def accumulate_grad_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    layers: tuple[Layer, ...],
+    coefficients: tuple[float, ...],
+    precision: str | None,
+    offsets: Offsets,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """grads[l] += scale * coefficient * dpenalty/dW in place; returns the loss (without scale) and the penalties."""
+    tables = _prepare(weights, layers, precision, offsets)
+    with _on(tables.device) as stream:
+        loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
+        if all(g.dtype == torch.float32 for g in grads):
+            _grad(tables, saved, tables.view("add", grads).on(stream), coefficients, stream, scale=scale)
+        else:  # half precision: formed in float32, added with one rounding
+            layout = tables.flat(weights)
+            factor = torch.full((), scale, device=tables.device)
+            flat = _grad_to_flat(tables, layout, saved, coefficients, factor, stream)
+            for grad, place in zip(grads, layout.places, strict=True):
+                grad.add_(flat.as_strided(place.shape, place.strides, place.at))
+    return loss, losses
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the weights' device, on its current stream."""
+    return _CurrentStream(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class _CurrentStream(torch.cuda.device):
+    def __enter__(self) -> Any:
+        super().__enter__()
+        return torch.cuda.current_stream(self.idx)
+
+
+def _forward(
+    tables: Tables, weights: Sequence[Tensor], coefficients: tuple[float, ...], save: bool, stream: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    plan, device = tables.plan, tables.device
+    split = plan.precision is None
+    dtype = torch.bfloat16 if split else torch.float32
+    hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
+    lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
+    residual = torch.empty(plan.residual_shape if save else (1, 128), dtype=dtype, device=device)
+    partials = torch.empty(max(1, plan.partials), device=device)
+    losses = torch.empty(len(weights), device=device)
+    loss = torch.empty((), device=device)
+    if len(plan.pack_tiles):
+        _pack_kernel[(len(plan.pack_tiles),)](
+            hi, lo, tables.pack.on(stream), tables.view("read", weights).on(stream),
+            **planning.pack_options(plan.variant),
+        )  # fmt: skip
+    for tile, table in tables.gram.items():
+        box = [tile.block, tile.chunk]
+        _gram_kernel[(len(plan.gram_tiles[tile]),)](
+            _plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream),
+            **planning.gram_options(plan.variant, tile, save),
+        )  # fmt: skip
+    _finish_kernel[(1,)](
+        loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
+        tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
+        **planning.finish_options(len(weights)),
+    )  # fmt: skip
+    return loss, losses, [hi, residual] if save else []
+
+
+def _grad_to_flat(
+    tables: Tables, layout: Flat, saved: Sequence[Tensor], coefficients: tuple[float, ...], factor: Tensor, stream: Any
+) -> Tensor:
+    flat = torch.empty(layout.size, device=tables.device)
+    _grad(tables, saved, layout.table.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
+    return flat
+
+
+def _grad(
+    tables: Tables, saved: Sequence[Tensor], view: Tensor, coefficients: tuple[float, ...], stream: Any,
+    flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
+) -> None:  # fmt: skip
+    """One launch per tile size, into `flat` (times grad_output) or added to what the view points at (times scale)."""
+    plan = tables.plan
+    hi, residual = saved
+    for tile, table in tables.grad.items():
+        _grad_kernel[(len(plan.grad_tiles[tile]),)](
+            _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
+            _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), tables.runs.on(stream), view,
+            tables.coefficients(coefficients).on(stream), grad_output, scale,
+            **planning.grad_options(plan.variant, tile, flat is None),
+        )  # fmt: skip
+
+
+def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:
+    return TensorDescriptor.from_tensor(tensor, box) if plan.variant.tma else tensor

@@ -1,0 +1,74 @@
+"""pack: every weight, whatever its strides and dtype, into padded panels of bf16 hi and lo planes.
+
+    hi = bf16(w),  lo = bf16(w - hi)        (or one float32 plane for precision="highest")
+
+One program per 32 x 64 piece of one layer's rows and columns, walking its taps: in a contiguous weight the taps are
+the fastest dimension, so that one piece's taps share cache lines, which stay in L1 until all are read. Transposed
+layers, groups and the flattening of penalty="matrix" end here: the matrix kernels see one kind of problem.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import side, tap_offset
+
+
+@triton.jit
+def _pack_kernel(
+    hi,  # (rows, 256): bf16, or float32 if there is one plane
+    lo,
+    tiles,  # int32 (tiles, 8), see Plan._pack_rows
+    views,  # int64 (layers, 20), see layout.py
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    tile = tiles + tl.program_id(0) * 8
+    view = views + tl.load(tile) * 20
+    block = tl.load(tile + 1)
+    taps = tl.load(tile + 6)
+    tap_rows = tl.load(tile + 7).to(tl.int64)
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, COLUMNS)
+    out = tl.load(tile + 4).to(tl.int64) * 256 + tl.multiple_of(tl.load(tile + 5), COLUMNS)
+    out = out + r[:, None] * 256 + c[None, :]
+
+    address = tl.load(view)
+    dtype = tl.load(view + 7)
+    rows_first = tl.load(view + 8) == 2
+    merged = tl.load(view + 11).to(tl.int32)
+    row_group, row_offset = side(tl.load(tile + 2) + r, tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view)
+    column_group, column_offset = side(
+        tl.load(tile + 3) + c, tl.load(view + 10), tl.load(view + 14), tl.load(view + 3), view
+    )
+    group = block * merged + row_group
+    row_offset += group * tl.load(view + 1).to(tl.int32)
+    row_group = tl.where((row_group < merged) & (group < tl.load(view + 12)), row_group, -1)
+    # Both orders of the same piece: lanes run along whichever side is closer together in memory
+    offset = row_offset[:, None] + column_offset[None, :]
+    mask = row_group[:, None] == column_group[None, :]
+    offset_t = row_offset[None, :] + column_offset[:, None]
+    mask_t = row_group[None, :] == column_group[:, None]
+    for tap in range(taps):
+        at = tap_offset(tap, view)
+        if dtype == 0:
+            pointer = address.to(tl.pointer_type(tl.float32)) + at
+            if rows_first:
+                w = tl.load(pointer + offset_t, mask_t, other=0.0).T
+            else:
+                w = tl.load(pointer + offset, mask, other=0.0)
+        elif dtype == 1:
+            w = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at + offset, mask, other=0.0).to(tl.float32)
+        else:
+            w = tl.load(address.to(tl.pointer_type(tl.float16)) + at + offset, mask, other=0.0).to(tl.float32)
+        if SPLIT:
+            w_hi = w.to(tl.bfloat16)
+            tl.store(hi + out, w_hi)
+            tl.store(lo + out, (w - w_hi.to(tl.float32)).to(tl.bfloat16))
+        else:
+            tl.store(hi + out, w)
+        out += tap_rows * 256

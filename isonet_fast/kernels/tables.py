@@ -1,0 +1,195 @@
+"""A plan's tables on one device, and the views through which kernels reach weights and gradients.
+
+Only tables are cached. They are sent from pinned memory without waiting, once per plan; the views again whenever a
+tensor's address, strides or dtype changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import GradTile, GramTile, Plan
+
+VIEW_COLUMNS = 20
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Table:
+    """A host array on the device, usable on any stream."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        if capturing(device):
+            raise RuntimeError(
+                "the orthogonality penalty met new weights while a CUDA graph was captured; call it once with the "
+                "same weights, coefficients and precision before the capture"
+            )
+        host = torch.from_numpy(array)
+        self.stream = 0
+        if device.type == "cuda":
+            self.tensor = host.pin_memory().to(device, non_blocking=True)
+            self.stream = torch.cuda.current_stream(device).cuda_stream
+            self.sent = torch.cuda.Event()
+            self.sent.record()
+        else:
+            self.tensor = host.clone()
+
+    def on(self, stream: torch.cuda.Stream | None) -> Tensor:
+        """The tensor, once kernels launched on this stream may read it."""
+        if stream is not None and stream.cuda_stream != self.stream:
+            if torch.cuda.is_current_stream_capturing():
+                _captured.append(self.tensor)  # a graph may be replayed for ever; what precedes it has completed
+            else:
+                stream.wait_event(self.sent)
+                self.tensor.record_stream(stream)
+        return self.tensor
+
+
+_captured: list[Tensor] = []  # tables that a CUDA graph reads
+
+
+class View(NamedTuple):
+    """The device's table of one list of tensors, and what it was made from."""
+
+    addresses: list[int]
+    strides: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    table: Table
+
+
+class Place(NamedTuple):
+    """A gradient's place: in the float32 buffer, and in its dtype's region of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    at: int
+    at_in_region: int
+
+
+class Flat(NamedTuple):
+    """The layout of the gradients' buffer; regions are (dtype, start, end) of what is rounded to half precision."""
+
+    size: int
+    places: list[Place]
+    regions: list[tuple[torch.dtype, int, int]]
+    table: Table
+
+
+class Tables:
+    """Everything of one plan that lives on one device."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.pack = Table(plan.pack_tiles, device)
+        self.gram: dict[GramTile, Table] = {tile: Table(rows, device) for tile, rows in plan.gram_tiles.items()}
+        self.grad: dict[GradTile, Table] = {tile: Table(rows, device) for tile, rows in plan.grad_tiles.items()}
+        self.runs = Table(plan.runs, device)
+        self.ranges = Table(plan.partial_ranges, device)
+        self.constants = Table(plan.constants, device)
+        self._static = _static_columns(plan)
+        self._coefficients: tuple[tuple[float, ...], Table] | None = None
+        self._views: dict[str, View] = {}
+        self._flat: tuple[tuple, Flat] | None = None
+
+    def coefficients(self, values: tuple[float, ...]) -> Table:
+        if self._coefficients is None or self._coefficients[0] != values:
+            self._coefficients = values, Table(np.array(values, np.float64), self.device)
+        return self._coefficients[1]
+
+    def view(self, role: str, tensors: Sequence[Tensor]) -> Table:
+        """The view of weights ("read") or of gradients ("add")."""
+        addresses = [t.data_ptr() for t in tensors]
+        known = self._views.get(role)
+        if known is not None and known.addresses == addresses:
+            # an address can be given out again for another layout
+            if known.strides == [t.stride() for t in tensors] and known.dtypes == [t.dtype for t in tensors]:
+                return known.table
+        strides, dtypes = [t.stride() for t in tensors], [t.dtype for t in tensors]
+        table = Table(self._rows(addresses, strides, dtypes, reading=role == "read"), self.device)
+        self._views[role] = View(addresses, strides, dtypes, table)
+        return table
+
+    def flat(self, weights: Sequence[Tensor]) -> Flat:
+        """Where the gradients lie in one float32 buffer, every dtype's together."""
+        key = [w.stride() for w in weights], [w.dtype for w in weights]
+        if self._flat is None or self._flat[0] != key:
+            places: list[Place | None] = [None] * len(weights)
+            regions, at = [], 0
+            for dtype in DTYPES:
+                start = at
+                for n, weight in enumerate(weights):
+                    if weight.dtype == dtype:
+                        strides = torch.empty_like(weight, device="meta").stride()
+                        places[n] = Place(dtype, tuple(weight.shape), strides, at, at - start)
+                        at += -(-weight.numel() // 64) * 64  # whole cache lines: 16-byte stores
+                if dtype != torch.float32 and at > start:
+                    regions.append((dtype, start, at))
+            found = [place for place in places if place is not None]
+            rows = self._rows(
+                [p.at * 4 for p in found], [p.strides for p in found], [torch.float32] * len(found), False
+            )
+            self._flat = key, Flat(at, found, regions, Table(rows, self.device))
+        return self._flat[1]
+
+    def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
+        """One row of 20 per tensor; see layout.py."""
+        rows = self._static.copy()
+        rows[:, 0] = addresses
+        for n, (layer, stride, dtype) in enumerate(zip(self.plan.layers, strides, dtypes, strict=True)):
+            if sum((k - 1) * abs(s) for k, s in zip(layer.shape, stride, strict=True)) >= 2**31:
+                raise ValueError(f"weight {n}, strides {stride}, spans more elements than 32-bit offsets can name")
+            outputs, inputs, *taps = stride
+            rows[n, 1] = layer.shape[0] // layer.groups * outputs
+            rows[n, 2:4] = (inputs, outputs) if layer.transposed else (outputs, inputs)
+            rows[n, 7 - len(taps) : 7] = taps
+            rows[n, 7] = DTYPES[dtype]
+            self._flatten(n, rows[n], stride)
+        self._choose_path(rows, reading)
+        return rows
+
+    def _flatten(self, n: int, row: np.ndarray, stride: tuple[int, ...]) -> None:
+        """penalty="matrix" counts (I/g, k...) as one side: with one stride if memory allows, else by division."""
+        layer = self.plan.layers[n]
+        inner = 1 if layer.kernel else int(np.prod(layer.shape[2:]))
+        if inner > 1:
+            expected = stride[-1] * np.cumprod((1, *layer.shape[:1:-1]))[::-1]
+            if tuple(stride[1:]) == tuple(expected):
+                row[2 if layer.transposed else 3] = stride[-1]
+                inner = 1
+        row[13:15] = (inner, 1) if layer.transposed else (1, inner)
+
+    def _choose_path(self, rows: np.ndarray, reading: bool) -> None:
+        """Column 8. Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where
+        a side is contiguous and 16-byte stores are possible."""
+        row, column, inner = rows[:, 2], rows[:, 3], rows[:, 13:15].max(1)
+        if reading:
+            rows[:, 8] = np.where((row < column) & (inner == 1), 2, 0)
+            return
+        merged = np.array([p.merged for p in self.plan.packed])
+        plain = (rows[:, 7] == 0) & (merged == 1) & (inner == 1) & (rows[:, 0] % 16 == 0)
+        plain &= (rows[:, 1] % 4 == 0) & (rows[:, 4:7] % 4 == 0).all(1)
+        by_column, by_row = plain & (column == 1) & (row % 4 == 0), plain & (row == 1) & (column % 4 == 0)
+        rows[:, 8] = np.where(by_column, 1, np.where(by_row, 2, 0))
+
+
+def _static_columns(plan: Plan) -> np.ndarray:
+    """The columns of a view that shapes alone decide; see layout.py.
+
+    0 address  1 stride of groups  2 of rows  3 of columns  4-6 of taps  7 dtype  8 path  9 rows  10 columns
+    11 groups per block  12 groups  13 taps flattened into rows  14 into columns  15-16 inner kernel sizes
+    """
+    rows = np.zeros((len(plan.layers), VIEW_COLUMNS), np.int64)
+    for n, p in enumerate(plan.packed):
+        kernel = p.layer.shape[2:]
+        rows[n, 9:13] = p.layer.rows, p.layer.columns, p.merged, p.layer.groups
+        rows[n, 15:17] = (1, 1, 1, *kernel)[-2:]
+    return rows

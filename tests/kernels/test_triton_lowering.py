@@ -1,0 +1,35 @@
+"""The kernels that the launchers choose, compiled with no GPU: the gates of tools/lower_triton.py.
+
+All of sm_90's default kernels; of the other architectures the largest gram tile (`make kernels` compiles everything).
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("needs Triton's compiler", allow_module_level=True)
+
+import lower_triton
+
+CASES = [(90, c) for c in lower_triton.cases(90) if "float32" not in c.name and "loss only" not in c.name]
+CASES += [(arch, c) for arch in (80, 100) for c in lower_triton.cases(arch) if c.name == "gram 128x128"]
+
+
+@pytest.mark.parametrize("arch, case", CASES, ids=[f"sm_{arch} {case.name}" for arch, case in CASES])
+def test_gates(arch, case):
+    row, failures = lower_triton.inspect(case, arch)
+    assert not failures, (row, failures)
+
+
+def test_a_drain_is_noticed():
+    """The parser sees what it is there for: only a wait inside the innermost loop counts."""
+    loop = "scf.for i = a to b {\n scf.if c {\n }\n wait {pendings = %d : i32}\n}\nwait {pendings = 0 : i32}"
+    assert not lower_triton.pipelining(loop % 3)[1]
+    assert lower_triton.pipelining(loop % 0)[1]
+    assert lower_triton.pipelining("%x = ttg.local_alloc : () -> !ttg.memdesc<3x64x64xbf16, #s>")[0] == [3]

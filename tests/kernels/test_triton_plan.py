@@ -1,0 +1,149 @@
+"""The plan's budget for the published networks: launches, padding, multiply-adds; and what it says of each layer."""
+
+import math
+
+import numpy as np
+import pytest
+
+from isonet_fast.geometry import Layer, shard
+from isonet_fast.kernels import plan as planning
+
+FLOOR = {18: 192, 34: 358, 50: 184, 101: 310}  # GFLOP of ISONet: bf16x3 gram and gradient, DESIGN.md 3.2
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+VARIANTS = ["tma", "pointer"]
+
+
+def network(depth: int, residual: bool) -> tuple[Layer, ...]:
+    """The regularised convolutions of the published networks: everything but the 7x7 stem."""
+    layers: list[Layer] = []
+
+    def add(outputs, inputs, kernel, stride):
+        layers.append(Layer((outputs, inputs, kernel, kernel), (stride, stride), (1, 1), 1, "isonet"))
+
+    inputs = 64
+    for stage, (count, width) in enumerate(zip(BLOCKS[depth], (64, 128, 256, 512), strict=True)):
+        outputs = width if depth < 50 else 4 * width
+        for block in range(count):
+            stride = 2 if stage and not block else 1
+            if depth < 50:
+                add(width, inputs, 3, stride)
+                add(width, width, 3, 1)
+            else:
+                add(width, inputs, 1, 1)
+                add(width, width, 3, stride)
+                add(outputs, width, 1, 1)
+            if residual and (stride > 1 or inputs != outputs):
+                add(outputs, inputs, 1, stride)
+            inputs = outputs
+    return tuple(layers)
+
+
+def make(layers, precision=None, variant="tma"):
+    return planning.Plan(layers, shard(layers, 0, 1), precision, variant)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_budget_of_published_networks(depth, residual, variant):
+    plan = make(network(depth, residual), variant=variant)
+    rows = plan.summary()
+    useful, padded = sum(r.flops for r in rows), sum(r.padded_flops for r in rows)
+    assert sum(plan.launches.values()) <= 6
+    assert padded / useful - 1 <= 0.15
+    if not residual:
+        assert abs(useful / 1e9 - FLOOR[depth]) <= 1
+    assert {101: 99, 50: 48, 34: 32, 18: 16}[depth] == len(rows) or residual
+
+
+def walk_gram(plan):
+    """(multiply-adds, entries of R written) of the gram tiles, from their table alone."""
+    work = 0
+    for tile, table in plan.gram_tiles.items():
+        taps = np.prod(table[:, 4:7].astype(np.int64), 1)
+        work += int((taps * table[:, 11]).sum()) * tile.block**2
+    return work
+
+
+def walk_grad(plan):
+    work = 0
+    lengths = plan.runs[:, 1] - plan.runs[:, 0]
+    for tile, table in plan.grad_tiles.items():
+        for row in table:
+            work += int(lengths[row[5] : row[7]].sum()) * int(row[14]) * tile.rows * tile.columns
+    return work
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_summary_counts_what_the_tables_say(precision):
+    layers = (*network(50, True)[:12], Layer((90, 1, 3, 3), (1, 1), (1, 1), 90, "isonet"))
+    layers += (Layer((6, 5, 2, 2, 3), (1, 2, 1), (1, 1, 1), 1, "lorth"),)
+    plan = make(layers, precision, "tma" if precision is None else "highest")
+    products = 3 if precision is None else 1
+    assert sum(r.padded_flops for r in plan.summary()) == 2 * (products * walk_gram(plan) + walk_grad(plan))
+    assert sum(r.gram_tiles for r in plan.summary()) == plan.partials == sum(map(len, plan.gram_tiles.values()))
+    assert sum(r.grad_tiles for r in plan.summary()) == sum(map(len, plan.grad_tiles.values()))
+
+
+def test_layers_stay_together_longest_first():
+    plan = make(network(34, False))
+    for table in (*plan.gram_tiles.values(), *plan.grad_tiles.values()):
+        column = 1 if table.shape[1] == 20 else 0
+        layers = table[:, column]
+        changes = 1 + int((np.diff(layers) != 0).sum())
+        assert changes == len(np.unique(layers))
+        longest = [plan._longest(n) for n in dict.fromkeys(layers.tolist())]
+        assert longest == sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("offsets", ["whole", "shards"])
+def test_runs_name_every_pair_once(offsets):
+    """A run walked with arithmetic gives exactly the pairs (offset, tap) of the mathematics."""
+    shapes = [((5, 5, 3, 3), 1, 1), ((5, 5, 3, 3), 2, 1), ((5, 5, 5, 3), 2, 1), ((5, 5, 4, 4), 3, 2), ((5, 5, 7), 2, 1)]
+    shapes += [((5, 5, 2, 3, 2), 1, 1), ((5, 5, 3, 1, 3), 2, 1), ((5, 5), 1, 1)]
+    for shape, stride, dilation in shapes:
+        dims = len(shape) - 2
+        layers = (Layer(shape, (stride,) * dims, (dilation,) * dims, 1, "isonet"),)
+        for rank in range(1 if offsets == "whole" else 3):
+            ts = shard(layers, rank, 1 if offsets == "whole" else 3)
+            plan = planning.Plan(layers, ts, None, "tma")
+            (packed,) = plan.packed
+            kernel = packed.kernel
+            for table in plan.grad_tiles.values():
+                for row in table:
+                    u = np.unravel_index(row[4], kernel)
+                    found = [walk(plan, range(row[5], row[6])), walk(plan, range(row[6], row[7]))]
+                    for transposed, sign in ((0, 1), (1, -1)):
+                        wanted = set()
+                        for index, t in enumerate(ts[0]):
+                            v = tuple(a + sign * b for a, b in zip(u, (0,) * (3 - dims) + t, strict=True))
+                            inside = all(0 <= a < k for a, k in zip(v, kernel, strict=True))
+                            if inside and (any(t) or not transposed):
+                                tap = int(np.ravel_multi_index(v, kernel))
+                                wanted.add((index * packed.offset_rows, tap * packed.tap_rows))
+                        assert sorted(found[transposed]) == sorted(wanted)
+
+
+def walk(plan, runs):
+    pairs = []
+    for run in runs:
+        first, last, width, r, r_line, r_tap, a, a_line, a_tap, *_ = map(int, plan.runs[run])
+        pairs += [
+            (r + i // width * r_line + i % width * r_tap, a + i // width * a_line + i % width * a_tap)
+            for i in range(first, last)
+        ]
+    return pairs
+
+
+def test_small_groups_share_a_block():
+    plan = make((Layer((1024, 1, 3, 3), (1, 1), (1, 1), 1024, "isonet"),))
+    (packed,) = plan.packed
+    assert (packed.merged, packed.blocks) == (64, 16)
+    assert math.prod(plan.planes_shape) * 4 < 32 * 2**20
+
+
+@pytest.mark.parametrize("shape", [(2**16, 2**13, 3, 3), (2**15, 2**15)])
+def test_rejects_more_than_32_bits_can_name(shape):
+    layers = (Layer(shape, (1,) * (len(shape) - 2), (1,) * (len(shape) - 2), 1, "isonet"),)
+    with pytest.raises(ValueError, match="32-bit"):
+        planning.shapes(layers * 600, shard(layers, 0, 1) * 600, None)

@@ -1,0 +1,198 @@
+"""Compile the Triton kernels for each architecture with no GPU, and check what the machine code promises.
+
+    python tools/lower_triton.py [sm ...]
+
+The real kernels, with the meta-parameters that the launchers choose. Gates: no spills; shared memory within the
+chip's limit; both operands of every product in at least three buffers; no wait in a loop that drains all products or
+copies in flight; tensor-core instructions and asynchronous loads. `rows()` returns the table and the failed gates.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from isonet_fast.kernels import plan
+from isonet_fast.kernels.finish import _finish_kernel
+from isonet_fast.kernels.grad import _grad_kernel
+from isonet_fast.kernels.gram import _gram_kernel
+from isonet_fast.kernels.pack import _pack_kernel
+
+ARCHITECTURES = (80, 90, 100)
+POINTER_LIMIT = 101_376  # sm_86, 89 and 120 run the code that sm_80 shows
+SHARED_LIMIT = {80: POINTER_LIMIT, 90: 232_448, 100: 232_448}
+TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+ASYNC_LOAD = {80: r"LDGSTS", 90: r"UTMALDG", 100: r"UTMALDG"}
+DRAIN = re.compile(r"pendings = 0\b|async_wait[^:]*\bnum = 0\b")
+
+
+class Case(NamedTuple):
+    """One kernel as one launcher calls it; operands: loads that must run ahead, in all its loops together."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    options: dict[str, Any]
+    operands: int = 0
+    tensor_core: bool = False
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every kernel that a device of this architecture launches."""
+    for key in ("pointer" if arch == 80 else "tma", "highest"):
+        variant = plan.VARIANTS[key]
+        yield from _variant_cases(variant, "" if key != "highest" else " float32")
+    signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "constants": "*fp64"}
+    signature |= {"coefficients": "*fp64", "layers": "i32", "longest": "i32"}
+    yield Case("finish", _finish_kernel, signature, plan.finish_options(99))
+
+
+def _variant_cases(variant: plan.Variant, suffix: str) -> Iterator[Case]:
+    element = "bf16" if variant.products == 3 else "fp32"
+    fast = variant.products == 3
+
+    def plane(rows: int, columns: int) -> str:
+        return f"tensordesc<{element}[{rows},{columns}]>" if variant.tma else f"*{element}"
+
+    signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
+    yield Case(f"pack{suffix}", _pack_kernel, signature, plan.pack_options(variant))
+    for gram in variant.gram:
+        box = plane(gram.block, gram.chunk)
+        signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
+        for save in (True, False) if fast else (True,):
+            name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
+            options = plan.gram_options(variant, gram, save)
+            yield Case(name, _gram_kernel, signature, options, 4 if fast else 2, fast)
+    for grad in variant.grad:
+        signature = {
+            "residual": plane(grad.rows, grad.depth),
+            "residual_t": plane(grad.depth, grad.rows),
+            "hi": plane(grad.depth, grad.columns),
+            "tiles": "*i32",
+            "runs": "*i32",
+            "views": "*i64",
+            "coefficients": "*fp64",
+            "scale": "fp32",
+        }
+        for accumulate in (False, True):
+            flat = {} if accumulate else {"out": "*fp32", "grad_output": "*fp32"}
+            name = f"grad {grad.rows}x{grad.columns}" + (" accumulate" if accumulate else "") + suffix
+            options = plan.grad_options(variant, grad, accumulate)
+            yield Case(name, _grad_kernel, signature | flat, options, 4, fast)
+
+
+def compile_case(case: Case, arch: int) -> Any:
+    """What `kernel[grid](...)` would compile: pointers aligned to 16 bytes, absent arguments None."""
+    names = case.kernel.arg_names
+    signature = {name: case.signature.get(name, "constexpr") for name in names}
+    constants = {name: case.options.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    options = {name: case.options[name] for name in ("num_warps", "num_stages") if name in case.options}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
+    """One row, and the gates that this kernel fails."""
+    built = compile_case(case, arch)
+    sass, usage = _disassemble(built.asm["cubin"])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}", sass))
+
+    row = {
+        "kernel": case.name,
+        "arch": f"sm_{arch}",
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        "shared": built.metadata.shared,
+        "spills": count("LDL") + count("STL"),
+        "loads_128": count(r"LDG\S*\.128"),
+        "stores_128": count(r"STG\S*\.128"),
+        "tensor_core": count(TENSOR_CORE[arch]),
+        "async_loads": count(ASYNC_LOAD[arch]) or count("LDGSTS"),
+    }
+    buffers, drained = pipelining(built.asm["ttgir"])
+    gates = {
+        "spills": row["spills"] == 0,
+        f"shared memory above {SHARED_LIMIT[arch]}": row["shared"] <= SHARED_LIMIT[arch],
+        f"{case.operands} operands in 3 buffers (found {buffers})": len([b for b in buffers if b >= 3])
+        >= case.operands,
+        "a wait in the loop drains everything": not drained or not case.operands,
+        "tensor-core instructions": row["tensor_core"] > 0 or not case.tensor_core,
+        "asynchronous loads": row["async_loads"] > 0 or not case.operands,
+        "16-byte stores": row["stores_128"] > 0 or case.name == "finish" or not case.options.get("SAVE", True),
+    }
+    return row, [f"{case.name} sm_{arch}: {gate}" for gate, holds in gates.items() if not holds]
+
+
+def pipelining(ttgir: str) -> tuple[list[int], bool]:
+    """Buffers of every operand tile (bf16 or float32, more than one), and whether an innermost loop drains."""
+    buffers = [int(n) for n in re.findall(r"local_alloc : \(\) -> !ttg.memdesc<(\d+)x\d+x\d+x(?:bf16|f32)", ttgir)]
+    drained = any(DRAIN.search(body) for body in _innermost_loops(ttgir))
+    return buffers, drained
+
+
+def _innermost_loops(ttgir: str) -> Iterator[str]:
+    open_loops: list[list[Any]] = []  # [depth, lines, has a loop inside]
+    depth = 0
+    for line in ttgir.splitlines():
+        code = line.split(" loc(")[0]
+        for loop in open_loops:
+            loop[1].append(code)
+        before = depth
+        depth += code.count("{") - code.count("}")
+        if "scf.for" in code:
+            for loop in open_loops:
+                loop[2] = True
+            open_loops.append([before, [], False])
+        while open_loops and depth <= open_loops[-1][0]:
+            _, lines, outer = open_loops.pop()
+            if not outer:
+                yield "\n".join(lines)
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        outputs = [
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "-res-usage")
+        ]
+    return outputs[0], outputs[1]
+
+
+def rows(architectures: Sequence[int] = ARCHITECTURES) -> tuple[list[dict[str, Any]], list[str]]:
+    """The table of every kernel on every architecture, and the gates that fail."""
+    table, failures = [], []
+    for arch in architectures:
+        for case in cases(arch):
+            row, failed = inspect(case, arch)
+            table.append(row)
+            failures += failed
+    return table, failures
+
+
+def main() -> int:
+    table, failures = rows([int(a.removeprefix("sm_")) for a in sys.argv[1:]] or ARCHITECTURES)
+    for index, row in enumerate(table):
+        if index == 0:
+            print("  ".join(f"{name:>26}" if name == "kernel" else f"{name:>11}" for name in row))
+        print("  ".join(f"{value:>26}" if name == "kernel" else f"{value:>11}" for name, value in row.items()))
+    for failure in failures:
+        print("gate failed:", failure)
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
