@@ -156,8 +156,10 @@ class Case:
                 captured = graph and not name.startswith("official")
                 contenders.append(self._contender(name, Graphed(self.session, call) if captured else call, work))
             dtype = torch.bfloat16 if self.session.cuda else torch.float32
-            bound = [] if host else [providers.matmul_bound(work, dtype, self.session.device)]
-            return [*bound, *contenders]
+            bounds = [] if host else [providers.matmul_bound(work, dtype, self.session.device)]
+            if graph:  # reading every weight and writing it as two bfloat16 planes
+                bounds.append(providers.copy_bound(8 * sum(w.numel() for w in self.weights), self.session.device))
+            return [*bounds, *contenders]
 
         what = f"{self.name} {mode}"
         if not self.session.late(what):
