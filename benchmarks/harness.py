@@ -211,9 +211,9 @@ class Session:
         return self._matmul[dtype]
 
     def finish(self) -> int:
-        """Exit status: 0, or 1 where a provider failed."""
+        """Exit status: 0, or 3 where a provider failed."""
         self.say(f"{self.failures} failures, {self.skipped} left out; rows: {self.path}")
-        return 1 if self.failures else 0
+        return 3 if self.failures else 0
 
     def _progress(self, problem: Problem, written: list[rows.Row]) -> None:
         parts = [f"{r['provider']} {rows.ms(r):.4g} ms" + _percent(r["fraction_of_limit"]) for r in written]

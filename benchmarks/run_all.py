@@ -67,7 +67,7 @@ def run(part: Part, options: Sequence[str], left: float) -> str:
         return f"ended after {seconds + GRACE:.0f} s"
     finally:
         _end(process)
-    return {0: "complete", 1: "complete, but a provider failed (see FAILED above)"}.get(
+    return {0: "complete", 3: "complete, but a provider failed (see FAILED above)"}.get(
         status, f"failed, status {status}"
     )
 
