@@ -94,8 +94,9 @@ def error(results: Sequence[Tensor], references: Sequence[Tensor]) -> float:
         if result.shape != reference.shape:
             return math.inf
         scale = reference.abs().max().clamp_min(1e-30)
-        worst = max(worst, ((result.double() - reference).abs().max() / scale).item())
-    return math.inf if math.isnan(worst) else worst
+        deviation = ((result.double() - reference).abs().max() / scale).item()
+        worst = max(worst, deviation if math.isfinite(deviation) else math.inf)
+    return worst
 
 
 class Session:

@@ -43,7 +43,7 @@ PARTS = {
         Part("bench_scaling", 100),
     ),
 }
-LIMIT = {"cuda": 395.0, "cpu": 580.0}
+LIMIT = {"cuda": 395.0, "cpu": 540.0}
 
 
 def run(part: Part, options: Sequence[str], left: float) -> str:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isonet_fast import OrthoRegularizer, param_groups
-from isonet_fast.models.official import official, official_penalty
+from isonet_fast.models.official import official
+
+from .bench_orthogonality import penalised
+from .bench_orthogonality import truth as penalty_truth
 
 GAMMA, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
 LR = 1e-6  # the weights stay where the check found them, however many steps are timed
@@ -30,16 +33,17 @@ class Step:
         penalty: Callable[[nn.Module], Tensor] | None = None,
         regularize: bool = False,
         wrap: Callable[[Callable], Callable] = lambda function: function,
+        gamma: float = GAMMA,
     ) -> None:
-        self.network, self.half, self.penalty = network, half, penalty
-        self.regularizer = OrthoRegularizer(network, GAMMA) if regularize else None
+        self.network, self.half, self.penalty, self.gamma = network, half, penalty, gamma
+        self.regularizer = OrthoRegularizer(network, gamma) if regularize else None
         self.optimizer = torch.optim.SGD(param_groups(network, LR, WEIGHT_DECAY), LR, MOMENTUM)
         self.loss = wrap(self._loss)
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             loss = F.cross_entropy(self.network(x), y)
-        return loss if self.penalty is None else loss + GAMMA * self.penalty(self.network)
+        return loss if self.penalty is None else loss + self.gamma * self.penalty(self.network)
 
     def gradients(self, x: Tensor, y: Tensor) -> Tensor:
         """Everything but the update: the loss, penalty included."""
@@ -52,6 +56,11 @@ class Step:
     def __call__(self, x: Tensor, y: Tensor) -> None:
         self.gradients(x, y)
         self.optimizer.step()
+
+    def error(self, x: Tensor, y: Tensor, expected: dict[float, dict[str, Tensor]]) -> float:
+        """The larger of the deviations at both gammas of `truth`."""
+        args = self.network, self.half, self.penalty, self.regularizer is not None
+        return max(deviation(Step(*args, gamma=g).measured(x, y), values) for g, values in expected.items())
 
     @property
     def resident(self) -> int:
@@ -66,10 +75,18 @@ class Step:
         return {"loss": loss.double(), **{name: grad.double() for name, grad in grads.items()}}
 
 
-def truth(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The official arithmetic in float64, plain layout."""
+def truth(model: nn.Module, x: Tensor, y: Tensor) -> dict[float, dict[str, Tensor]]:
+    """In float64, for gamma = 0 and 1: the network in the official arithmetic, the penalty by its definition.
+
+    At the gamma of training the penalty's gradient would hide in the network's rounding.
+    """
     wide = official(model).to(dtype=torch.float64, memory_format=torch.contiguous_format)
-    return Step(wide, False, official_penalty).measured(x.double().contiguous(), y)
+    network = Step(wide, False).measured(x.double().contiguous(), y)
+    loss, grads = penalty_truth(penalised(wide))
+    names = {id(module): f"{name}.weight" for name, module in wide.named_modules()}
+    added = {names[id(conv)]: grad for conv, grad in zip(penalised(wide), grads, strict=True)}
+    both = {name: grad + added[name] if name in added else grad for name, grad in network.items()}
+    return {0.0: network, 1.0: both | {"loss": network["loss"] + loss}}
 
 
 def deviation(result: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -1,13 +1,14 @@
 """Every script, through every provider and every row writer, on shapes of a few elements."""
 
 import importlib
+import importlib.util
 import sys
 
 import pytest
 import torch
 
 from benchmarks import bench_srelu, providers, rows, run_all, step
-from isonet_fast.models.official import official
+from isonet_fast.models.official import bare, official, official_penalty
 from isonet_fast.nn import SReLU
 
 
@@ -48,21 +49,18 @@ def test_dry_run(script, options, expected):
     if "scaling" not in script:
         ours = [row for row in timed if row["provider"] == "isonet_fast"]
         assert ours and all(float(row["error"]) < 0.1 for row in ours)
+    if "--profile" in options:
+        check_profile(written)
     assert stored() == before
 
 
-def test_profile_finds_every_category():
-    profiled = step_rows("--profile")
+def check_profile(written):
     for provider in ("official", "isonet_fast"):
-        parts = {row["mode"]: float(row["p50_ms"]) for row in profiled if row["provider"] == provider}
+        profiled = [row for row in written if row["op"] == "profile" and row["provider"] == provider]
+        parts = {row["mode"]: float(row["p50_ms"]) for row in profiled}
         assert set(parts) == {"convolution", "SReLU", "penalty", "optimizer", "rest"}
         assert all(ms > 0 for ms in parts.values())
         assert parts["rest"] < 0.5 * sum(parts.values())
-
-
-def step_rows(*options):
-    session = importlib.import_module("benchmarks.bench_step").main(["--dry-run", *options])
-    return [row for row in rows.read(session.path.parent) if row["op"] == "profile"]
 
 
 def test_shapes_are_those_of_the_paper():
@@ -84,8 +82,10 @@ def test_a_wrong_step_is_seen():
     model = providers.perturb(providers.build("cifar8"))
     x, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     truth = step.truth(model, x, y)
-    assert step.deviation(step.Step(model, False, regularize=True).measured(x, y), truth) < 1e-4
-    assert step.deviation(step.Step(model, False).measured(x, y), truth) > 1e-3  # no penalty
+    assert step.Step(model, False, regularize=True).error(x, y, truth) < 1e-4
+    assert step.Step(model, False).error(x, y, truth) > 0.5  # without its penalty
+    with pytest.raises(ArithmeticError, match="srelu_bias"):
+        step.Step(bare(model), False, official_penalty).error(x, y, truth)
 
 
 def test_a_part_that_fails_or_overruns_is_reported(monkeypatch, tmp_path):
