@@ -5,9 +5,11 @@ Where the tree's isonet_fast has no compiled kernels and an installed one has, t
 
 import importlib.machinery
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STARTED = time.monotonic()  # a time budget includes the seconds that importing torch takes
 
 
 def _prefer_compiled() -> None:

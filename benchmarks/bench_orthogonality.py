@@ -154,7 +154,9 @@ class Case:
             contenders = []
             for name, call in self.calls(gradient, compile).items():
                 captured = graph and not name.startswith("official")
-                contenders.append(self._contender(name, Graphed(self.session, call) if captured else call, work))
+                made = self._contender(name, Graphed(self.session, call) if captured else call, work)
+                made.plain = call
+                contenders.append(made)
             dtype = torch.bfloat16 if self.session.cuda else torch.float32
             bounds = [] if host else [providers.matmul_bound(work, dtype, self.session.device)]
             if graph:  # reading every weight and writing it as two bfloat16 planes
@@ -165,7 +167,8 @@ class Case:
         if not self.session.late(what):
             problem = Problem(self.op, mode, self.name, "float32")
             tolerance = TOLERANCE[self.session.device.type]
-            self.session.compare(problem, self.session.attempt(what, build), tolerance, "" if host else "matmul", host)
+            contenders, how = self.session.attempt(what, build), "host" if host else "cold"
+            self.session.compare(problem, contenders, tolerance, "" if host else "matmul", how)
         self.session.clock.release()
 
     def _contender(self, name: str, call: Callable[[], tuple], work: float) -> Contender:

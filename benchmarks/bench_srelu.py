@@ -7,9 +7,10 @@ dtype, so that outputs and masks must agree with float64 to the last bit, ties i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,18 @@ class Case(NamedTuple):
     shape: Shape
     dtype: torch.dtype
     layout: str
-    compile: bool
+
+    @property
+    def head(self) -> bool:
+        """The shape that targets and torch.compile are measured on: R-ISONet-50 joins it and SReLU sees it most."""
+        return self.shape[1:] == (256, 56, 56)
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.size} {dtype_name(self.dtype)} {self.layout}"
 
 
 @functools.cache
@@ -55,29 +67,32 @@ def activation_shapes(network: str, kind: type, batch: int) -> list[Shape]:
     return sorted(shapes, key=lambda shape: (-math.prod(shape), shape))
 
 
-def cases(session: Session) -> Iterator[Case]:
-    """With `--quick`: on a GPU every shape in bfloat16 channels_last, the large ones in all formats; on a CPU a few."""
+def cases(session: Session) -> list[Case]:
+    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few."""
     if session.dry:
-        for op in TENSORS:
-            yield Case(op, (2, 5, 3, 4), torch.bfloat16, "channels_last", True)
-        return
-    plainest = (torch.bfloat16, "channels_last") if session.cuda else (torch.float32, "nchw")
-    batches = [256] if session.cuda else [8]
-    dtypes = [torch.bfloat16, torch.float32]
-    if not session.quick:
-        batches = [*batches, 32] if session.cuda else [*batches, 2]
-    for batch in batches:
-        for op in TENSORS:
-            of = ("isonet50", SReLU) if op == "srelu" else ("risonet50", ResidualSReLU)
-            sizes = activation_shapes(*of, batch)
-            head = next(s for s in sizes if s[1:] == (256, 56, 56))
-            for shape in [head, *(s for s in sizes if s != head)]:
-                for dtype in dtypes:
-                    for layout in LAYOUTS:
-                        plain = (dtype, layout) == plainest
-                        few = session.cuda or shape[1:] in ((64, 56, 56), (2048, 7, 7))
-                        if not session.quick or shape == head or (plain and few):
-                            yield Case(op, shape, dtype, layout, not session.quick or (shape == head and plain))
+        return [Case(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
+    batches = (256, 32) if session.cuda else (8, 2)
+    found = []
+    for batch, op, dtype, layout in itertools.product(batches, TENSORS, (torch.bfloat16, torch.float32), LAYOUTS):
+        of = ("isonet50", SReLU) if op == "srelu" else ("risonet50", ResidualSReLU)
+        found += [Case(op, shape, dtype, layout) for shape in activation_shapes(*of, batch)]
+    if session.quick:
+        few = [case for case in found if case.shape[0] == batches[0]]
+        found = [case for case in few if _shown(session, case)]
+    return sorted(found, key=lambda case: not case.head)
+
+
+def usual(session: Session, case: Case) -> bool:
+    """In the format that training uses on this device."""
+    return (case.dtype, case.layout) == ((torch.bfloat16, "channels_last") if session.cuda else (torch.float32, "nchw"))
+
+
+def _shown(session: Session, case: Case) -> bool:
+    if session.cuda:
+        return case.head or usual(session, case)
+    mixed = (case.dtype, case.layout) == (torch.bfloat16, "channels_last")
+    few = case.head or (case.op == "srelu" and case.shape[1:] in ((64, 56, 56), (2048, 7, 7)))
+    return (case.head and mixed and case.op == "srelu") or (usual(session, case) and few)
 
 
 def grid(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -139,57 +154,50 @@ def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[]
     return backward
 
 
-def functions(session: Session, case: Case) -> dict[str, Callable]:
-    """Every provider of a case."""
-    official, ours = (
-        (providers.official_srelu, srelu) if case.op == "srelu" else (providers.official_join, residual_srelu)
-    )
-    found = {"official": official, "isonet_fast": ours}
-    if case.compile:
-        found["compile"] = providers.compiled(official, session.dry, "max-autotune-no-cudagraphs")
-    return found
-
-
-def run_case(session: Session, case: Case) -> None:
+def run_case(session: Session, case: Case, compile: bool = False) -> None:
     size = math.prod(case.shape) * case.dtype.itemsize
     count = max(1, min(8, math.ceil(2 * session.clock.cache_bytes / size)))
     forward, backward = TENSORS[case.op]
-    implementations = functions(session, case)
     tensors = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
+    official, ours = (
+        (providers.official_srelu, srelu) if case.op == "srelu" else (providers.official_join, residual_srelu)
+    )
+    functions = {"official": official, "isonet_fast": ours}
+    if compile:
+        del tensors["backward"]  # compiled backwards may not keep their graph
+        functions["compile"] = providers.compiled(official, session.dry, "max-autotune-no-cudagraphs")
 
     def build(mode: str) -> list[Contender]:
         sets = [Inputs(case, session.device, seed) for seed in range(count)]
         bound = providers.copy_bound(size * tensors[mode], session.device, count)
-        contenders = [bound]
         graphed = size < LARGE and mode != "backward"  # autograd runs that on the forward's stream
-        for name, function in implementations.items():
-            if name == "compile" and mode == "backward":
-                continue  # compiled backwards may not keep their graph
+        contenders = [bound]
+        for name, function in functions.items():
             run = caller(function, sets, mode)
-            contenders.append(
-                Contender(
-                    name,
-                    session.clock.graph(run) if graphed else run,
-                    functools.partial(check, function, sets[0], case.op),
-                    calls=count,
-                    bytes=bound.bytes,
-                )
-            )
+            replay = session.clock.graph(run) if graphed else run
+            error_of = functools.partial(check, function, sets[0], case.op)
+            contenders.append(Contender(name, replay, error_of, calls=count, bytes=bound.bytes, plain=run))
         return contenders
 
     for mode in tensors:
-        name = f"{case.op} {mode}"
-        if not session.late(name):
-            problem = Problem(case.op, mode, "x".join(map(str, case.shape)), dtype_name(case.dtype), case.layout)
-            session.compare(problem, session.attempt(name, lambda mode=mode: build(mode)), TOLERANCE, limit="copy")
+        what = f"{case} {mode}"
+        if not session.late(what):
+            problem = Problem(case.op, mode, case.size, dtype_name(case.dtype), case.layout)
+            contenders = session.attempt(what, functools.partial(build, mode))
+            session.compare(problem, contenders, TOLERANCE, limit="copy")
     session.clock.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> Session:
     session = Session("srelu", parser(__doc__).parse_args(arguments))
-    for case in cases(session):
-        if not session.late(case.op):
+    found = cases(session)
+    for case in found:
+        if not session.late(str(case)):
             run_case(session, case)
+    for case in found:  # last: compilation takes its time
+        if session.dry or not session.quick or (case.head and usual(session, case)):
+            if not session.late(f"{case} compiled", needed=10.0):
+                run_case(session, case, compile=True)
     return session
 
 

@@ -17,7 +17,7 @@ class Clock:
 
     device = torch.device("cpu")
     sample_ms = 5.0  # a sample repeats the call until it lasts this long
-    cache_bytes = 0  # nothing is rotated: a convolution leaves its output in the cache here too
+    cache_bytes = 0  # no buffers are rotated: a convolution leaves its output in the cache here too
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -28,6 +28,10 @@ class Clock:
         for _ in range(repeats):
             call()
         return 1e3 * (self.now() - start) / repeats
+
+    def cold(self, call: Call, repeats: int) -> float:
+        """As `sample`, with nothing of the call's data in the device's cache."""
+        return self.sample(call, repeats)
 
     def host(self, call: Call, repeats: int) -> float:
         """Milliseconds until the call returns, the device's work not awaited."""
@@ -62,6 +66,7 @@ class CudaClock(Clock):
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = getattr(properties, "L2_cache_size", 64 << 20)
+        self._flush = torch.zeros(2 * self.cache_bytes // 4, device=self.device)
 
     def sample(self, call: Call, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -72,6 +77,17 @@ class CudaClock(Clock):
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / repeats
+
+    def cold(self, call: Call, repeats: int) -> float:
+        """Before each call a buffer of twice the cache is read: reading leaves no dirty lines to write back later."""
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for start, end in pairs:
+            self._flush.sum()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in pairs) / repeats
 
     def host(self, call: Call, repeats: int) -> float:
         """One call at a time on an idle device: a full launch queue would be measured as host time."""
