@@ -14,17 +14,21 @@ from torch import Tensor, nn
 
 from ..nn import ResidualSReLU, SharedScale, SReLU
 from ..regularizer import official_filter
+from .isonet import Stem
+
+
+def srelu(x: Tensor, bias: Tensor) -> Tensor:
+    """relu(x - b) + b: three passes, promoted to float32 under autocast."""
+    return F.relu(x - bias, inplace=True) + bias
 
 
 class OfficialSReLU(nn.Module):
-    """relu(x - b) + b: three passes, promoted to float32 under autocast."""
-
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
         self.srelu_bias: nn.Parameter = like.srelu_bias  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x - self.srelu_bias, inplace=True) + self.srelu_bias
+        return srelu(x, self.srelu_bias)
 
 
 class OfficialJoin(OfficialSReLU):
@@ -41,6 +45,19 @@ class OfficialScale(nn.Module):
         return conv(x) * self.scale
 
 
+class OfficialStem(nn.Module):
+    """SReLU on the whole map, then max pooling."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.conv: nn.Module = like.conv  # type: ignore[assignment]
+        self.relu = OfficialSReLU(like.relu)  # type: ignore[arg-type]
+        self.pool: nn.Module = like.pool  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.relu(self.conv(x)))
+
+
 class Add(nn.Module):
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
@@ -51,7 +68,8 @@ class Add(nn.Module):
 
 def official(model: nn.Module) -> nn.Module:
     """A copy that computes as the official code does."""
-    return _swap(copy.deepcopy(model), {SReLU: OfficialSReLU, ResidualSReLU: OfficialJoin, SharedScale: OfficialScale})
+    replacements = {SReLU: OfficialSReLU, ResidualSReLU: OfficialJoin, SharedScale: OfficialScale, Stem: OfficialStem}
+    return _swap(copy.deepcopy(model), replacements)
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -68,14 +86,15 @@ def _swap(model: nn.Module, replacements: dict) -> nn.Module:
     return model
 
 
-def official_penalty(model: nn.Module) -> Tensor:
+def official_penalty(model: nn.Module, identity_device: torch.device | str = "cpu") -> Tensor:
     """1/2 ||conv(K, K, padding=k-1, stride) - delta||^2 layer by layer, the identity built on the CPU each time.
 
-    Defined where the official code is: ungrouped 2-d convolutions whose stride divides k - 1.
+    identity_device: where it is built instead; the weights' own device spares the copies. Defined where the official
+    code is: ungrouped 2-d convolutions whose stride divides k - 1.
     """
     return sum(
         (
-            _official_layer(module)
+            _official_layer(module, identity_device)
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d) and official_filter(name, module) and getattr(module, "penalty", True)
         ),
@@ -83,11 +102,11 @@ def official_penalty(model: nn.Module) -> Tensor:
     )
 
 
-def _official_layer(conv: nn.Conv2d) -> Tensor:
+def _official_layer(conv: nn.Conv2d, identity_device: torch.device | str) -> Tensor:
     weight = conv.weight
     rows = weight.transpose(0, 1) if weight.shape[1] < weight.shape[0] else weight
     padding = tuple(k - 1 for k in conv.kernel_size)
     gram = F.conv2d(rows, rows, padding=padding, stride=conv.stride)
-    identity = torch.zeros(gram.shape).to(weight.device)
-    identity[:, :, gram.shape[2] // 2, gram.shape[3] // 2] = torch.eye(len(rows))
+    identity = torch.zeros(gram.shape, device=identity_device).to(weight.device)
+    identity[:, :, gram.shape[2] // 2, gram.shape[3] // 2] = torch.eye(len(rows), device=identity_device)
     return ((gram - identity) ** 2).sum() / 2

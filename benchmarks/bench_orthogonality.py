@@ -1,0 +1,228 @@
+"""The penalty and its gradient: per layer shape and for whole networks, against the official arithmetic.
+
+The bound is one matrix product of the FLOPs that the closed form needs: bfloat16 on a GPU, where the gram counts three
+times (bf16x3), float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from isonet_fast import OrthoConv2d, OrthoRegularizer, reference
+from isonet_fast.functional import layer
+from isonet_fast.models.official import official_penalty
+from isonet_fast.regularizer import official_filter
+
+from . import providers
+from .harness import Contender, Problem, Session, parser
+
+NETWORKS = ("isonet34", "isonet50", "isonet18", "isonet101")  # in the order of interest
+TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # cuDNN multiplies the official code's float32 in TF32
+MODES = ("loss", "loss+gradient")
+
+
+def penalised(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that the official code penalises."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and official_filter(name, module) and getattr(module, "penalty", True)
+    ]
+
+
+def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> float:
+    """What the closed form needs: grams of half the offsets (of t = 0 the tiles on or above the diagonal: half), and
+    for the gradient two products per offset, one at t = 0."""
+    total = 0.0
+    for conv in convs:
+        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")  # type: ignore[arg-type]
+        for t in geometry.offsets:
+            gram = geometry.gram_flops(t)
+            total += gram_products * gram * (1.0 if any(t) else 0.5)
+            total += gradient * gram * (2 if any(t) else 1)
+    return total
+
+
+def truth(convs: Sequence[nn.Conv2d]) -> tuple[float, list[Tensor]]:
+    """The penalty and its gradients in float64, one layer at a time."""
+    total, grads = 0.0, []
+    for conv in convs:
+        weight = conv.weight.detach().double().requires_grad_()
+        loss = reference.orthogonality_loss(weight, stride=conv.stride)
+        grads.extend(torch.autograd.grad(loss, weight))
+        total += loss.item()
+    return total, grads
+
+
+def deviation(loss: Tensor, grads: Sequence[Tensor] | None, expected: tuple[float, list[Tensor]]) -> float:
+    """The larger of the loss's relative error and the worst layer's relative gradient error (2-norms)."""
+    errors = [abs(loss.item() - expected[0]) / expected[0]]
+    for grad, reference_grad in zip(grads or [], expected[1], strict=False):
+        errors.append(((grad.double() - reference_grad).norm() / reference_grad.norm()).item())
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
+
+
+def by_autograd(penalty: Callable[[], Tensor], weights: list[Tensor], gradient: bool) -> Callable[[], tuple]:
+    """(loss, gradients) of a penalty that autograd differentiates."""
+
+    def call() -> tuple[Tensor, Sequence[Tensor] | None]:
+        if not gradient:
+            with torch.no_grad():
+                return penalty(), None
+        loss = penalty()
+        return loss.detach(), torch.autograd.grad(loss, weights)
+
+    return call
+
+
+def ours(model: nn.Module, weights: list[Tensor], gradient: bool) -> Callable[[], tuple]:
+    """As a training step has it: added to the gradients of the loss."""
+    regularizer = OrthoRegularizer(model, 1.0)
+    if not gradient:
+        return by_autograd(regularizer, weights, False)
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+
+    def call() -> tuple[Tensor, list[Tensor]]:
+        return regularizer.accumulate_grad_(), [w.grad for w in weights if w.grad is not None]
+
+    return call
+
+
+class Graphed:
+    """A call as one launch; its results are read where the capture left them."""
+
+    def __init__(self, session: Session, call: Callable[[], tuple]) -> None:
+        def keep() -> None:
+            self.results = call()
+
+        self._replay = session.clock.graph(keep)
+
+    def __call__(self) -> tuple:
+        self._replay()
+        return self.results
+
+
+class Case:
+    """One network (or layer): its providers, each checked against the same truth."""
+
+    def __init__(
+        self,
+        session: Session,
+        name: str,
+        model: nn.Module,
+        repo: providers.OfficialRepo | None = None,
+        op: str = "orthogonality",
+    ) -> None:
+        self.session, self.name, self.op = session, name, op
+        self.model = providers.perturb(model).to(session.device)
+        self.convs = penalised(self.model)
+        self.weights: list[Tensor] = [conv.weight for conv in self.convs]
+        self.truth = truth(self.convs)
+        self.repo = repo
+        self.repo_model = repo.network(name, self.model) if repo and "isonet" in name else None
+
+    def calls(self, gradient: bool, compile: bool) -> dict[str, Callable[[], tuple]]:
+        found = {
+            "official": by_autograd(functools.partial(official_penalty, self.model), self.weights, gradient),
+            "isonet_fast": ours(self.model, self.weights, gradient),
+        }
+        if self.repo and self.repo_model:
+            weights: list[Tensor] = [conv.weight for conv in penalised(self.repo_model)]
+            penalty = functools.partial(self.repo.penalty, self.repo_model)
+            found["official-repo"] = by_autograd(penalty, weights, gradient)
+        if compile:
+            modes = {"compile": None, "compile (max-autotune)": "max-autotune-no-cudagraphs"}
+            for name, mode in list(modes.items())[: 1 if self.session.quick else 2]:
+                function = providers.compiled(providers.official_penalty_on_device, self.session.dry, mode)
+                found[name] = by_autograd(functools.partial(function, self.model), self.weights, gradient)
+        return found
+
+    def compare(self, mode: str, compile: bool = False) -> None:
+        """`graph`: replayed where it can be captured; the official form copies from the host, which can't be.
+        `host`: the time until the call returns."""
+        gradient, graph, host = "gradient" in mode, mode.endswith("graph"), mode.endswith("host")
+        work = flops(self.convs, gradient, 3 if self.session.cuda else 1)
+
+        def build() -> list[Contender]:
+            contenders = []
+            for name, call in self.calls(gradient, compile).items():
+                captured = graph and not name.startswith("official")
+                made = self._contender(name, Graphed(self.session, call) if captured else call, work)
+                made.plain = call
+                contenders.append(made)
+            dtype = torch.bfloat16 if self.session.cuda else torch.float32
+            bounds = [] if host else [providers.matmul_bound(work, dtype, self.session.device)]
+            if graph:  # reading every weight and writing it as two bfloat16 planes
+                bounds.append(providers.copy_bound(8 * sum(w.numel() for w in self.weights), self.session.device))
+            return [*bounds, *contenders]
+
+        what = f"{self.name} {mode}"
+        if not self.session.late(what):
+            problem = Problem(self.op, mode, self.name, "float32")
+            tolerance = TOLERANCE[self.session.device.type]
+            contenders, how = self.session.attempt(what, build), "host" if host else "cold"
+            self.session.compare(problem, contenders, tolerance, "" if host else "matmul", how)
+        self.session.clock.release()
+
+    def _contender(self, name: str, call: Callable[[], tuple], work: float) -> Contender:
+        def check() -> float:
+            for weight in self.weights:
+                if weight.grad is not None:
+                    weight.grad.zero_()
+            return deviation(*call(), self.truth)
+
+        return Contender(name, call, check, flops=work)
+
+
+def layer_shapes(networks: Sequence[str]) -> dict[str, nn.Module]:
+    """Every distinct penalised convolution of these networks, by a name such as 3x3 64->128 s2."""
+    found: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        convs = [conv for name in networks for conv in penalised(providers.build(name))]
+    for conv in convs:
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        name = f"{kernel}x{kernel} {conv.in_channels}->{conv.out_channels} s{stride}"
+        if name not in found:
+            own = OrthoConv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, bias=False)  # type: ignore[arg-type]
+            found[name] = nn.Sequential(own)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> Session:
+    args = parser(__doc__, official_repo=True).parse_args(arguments)
+    session = Session("orthogonality", args)
+    repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
+    networks = ["cifar8"] if session.dry else ["cifar32", *NETWORKS]
+    if session.quick and not session.dry:
+        networks = ["isonet34", "isonet50", "isonet18", "isonet101"] if session.cuda else ["cifar32", "isonet18"]
+    whole = [*MODES, *(["loss+gradient graph", "loss+gradient host"] if session.cuda or session.dry else [])]
+    cases = []
+    for name in networks:
+        if not session.late(name):
+            case = Case(session, name, providers.build(name), repo)
+            for mode in reversed(whole):  # the one with a target first
+                case.compare(mode)
+            cases.append(case)
+    run_layers(session, ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS)
+    if session.cuda or session.dry or not session.quick:
+        for case in cases:  # last: compilation takes minutes
+            if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
+                case.compare("loss+gradient graph", compile=True)
+    return session
+
+
+def run_layers(session: Session, networks: Sequence[str]) -> None:
+    for name, module in layer_shapes(networks).items():
+        if not session.late(name):
+            Case(session, name, module).compare("loss+gradient graph" if session.cuda else "loss+gradient")
+
+
+if __name__ == "__main__":
+    sys.exit(main().finish())

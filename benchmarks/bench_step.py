@@ -1,0 +1,170 @@
+"""Whole training steps: official, compiled, ours, ours without its penalty, bare, and ResNet with BatchNorm.
+
+The penalty's share is what its absence saves: everything that it adds is in it. `--profile` says where a step's time
+goes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from isonet_fast.models.official import bare, official, official_penalty
+
+from . import providers
+from .breakdown import profile
+from .harness import Contender, Problem, Session, dtype_name, parser
+from .step import Step, deviation, flops, torchvision_resnet, truth
+
+TOLERANCE = {False: 1e-3, True: 0.1}  # bfloat16 through fifty layers
+SECONDS = {"cpu": 15.0, "cuda": 6.0}  # for the samples of a group
+CHECKED = 4  # images that float64 is run on
+
+
+class Case(NamedTuple):
+    network: str
+    batch: int
+    size: int
+
+    @property
+    def depth(self) -> int:
+        return int(self.network.rpartition("isonet")[2] or 0) if "isonet" in self.network else 0
+
+    def __str__(self) -> str:
+        return f"{self.network} batch {self.batch} {self.size}x{self.size}"
+
+
+def cases(session: Session) -> tuple[list[Case], list[Case]]:
+    """Those of interest, also compiled; and the rest."""
+    if session.dry:
+        return [Case("cifar8", 2, 8)], []
+    if session.cuda:
+        rest = [Case(f"isonet{depth}", 128, 224) for depth in (34, 18, 101)]
+        return [Case("isonet50", 256, 224), Case("risonet50", 256, 224)], [*rest, Case("cifar32", 128, 32)]
+    if session.quick:
+        return [Case("cifar32", 32, 32)], []
+    networks = ("isonet18", "isonet34", "isonet50", "isonet101", "risonet50")
+    return [Case("cifar32", 32, 32)], [Case(network, 4, 96) for network in networks]
+
+
+class Benchmark:
+    """The providers of one case, on one batch of images."""
+
+    def __init__(self, session: Session, case: Case, repo: providers.OfficialRepo | None) -> None:
+        self.session, self.case = session, case
+        self.half = session.cuda or session.dry
+        self.layout = torch.channels_last if session.cuda else torch.contiguous_format
+        self.model = providers.perturb(providers.build(case.network)).to(session.device, memory_format=self.layout)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+        self.x = images.to(session.device, memory_format=self.layout)
+        self.y = torch.randint(10, (case.batch,), generator=generator).to(session.device)
+        self.truth = truth(self.model, self.x[:CHECKED], self.y[:CHECKED])
+        self.flops = flops(self.model, self.x)
+        self.repo = repo if "isonet" in case.network else None
+
+    def step(self, provider: str) -> Step | None:
+        """None where this machine lacks the provider."""
+        model, half = self.model, self.half
+        if provider == "official":
+            return Step(official(model), half, official_penalty)
+        if provider == "compile":
+            compiled = functools.partial(providers.compiled, dry=self.session.dry)
+            return Step(official(model), half, providers.official_penalty_on_device, wrap=compiled)
+        if provider == "official-repo":
+            if self.repo is None:
+                return None
+            network = self.repo.network(self.case.network, model).to(memory_format=self.layout)
+            return Step(network, half, self.repo.penalty)
+        if provider.startswith("resnet"):
+            resnet = torchvision_resnet(self.case.depth) if self.case.depth else None
+            if resnet is None:
+                return None
+            resnet = resnet.to(self.session.device, memory_format=self.layout)
+            return Step(resnet, half, wrap=self._compile_if("compile" in provider))
+        if provider == "bare":
+            return Step(bare(model), half)
+        return Step(self._copy(), half, regularize=provider == "isonet_fast")
+
+    def _copy(self) -> nn.Module:
+        copied = providers.build(self.case.network).to(self.session.device, memory_format=self.layout)
+        copied.load_state_dict(self.model.state_dict())
+        return copied
+
+    def _compile_if(self, compile: bool) -> Callable:
+        return functools.partial(providers.compiled, dry=self.session.dry) if compile else lambda function: function
+
+    def contender(self, provider: str) -> list[Contender]:
+        step = self.step(provider)
+        if step is None:
+            return []
+        check: Callable[[], float] | None = None
+        if provider in ("official", "official-repo", "isonet_fast"):
+
+            def check() -> float:
+                return step.error(self.x[:CHECKED], self.y[:CHECKED], self.truth)
+
+        elif provider == "compile":  # on the whole batch: it is compiled for that shape alone
+
+            def check() -> float:
+                plain = Step(official(self.model), self.half, official_penalty).measured(self.x, self.y)
+                return deviation(step.measured(self.x, self.y), plain)
+
+        run = functools.partial(step, self.x, self.y)
+        work = 0.0 if provider.startswith("resnet") else self.flops
+        return [Contender(provider, run, check, flops=work, resident=step.resident)]
+
+    def compare(self, *chosen: str) -> None:
+        session = self.session
+        if session.late(f"{self.case}: {', '.join(chosen)}"):
+            return
+        dtype = torch.bfloat16 if self.half else torch.float32
+        limit = session.matmul_tflops(dtype)
+        contenders = [c for name in chosen for c in session.attempt(name, functools.partial(self.contender, name))]
+        layout = "channels_last" if self.layout == torch.channels_last else "nchw"
+        problem = Problem("step", "training", str(self.case), dtype_name(dtype), layout)
+        seconds = SECONDS[session.device.type]
+        session.compare(problem, contenders, TOLERANCE[self.half], limit, seconds=seconds)
+        session.clock.release()
+
+    def profile(self, provider: str) -> None:
+        step = self.step(provider)
+        assert step is not None
+        profile(self.session, self.case, provider, step, functools.partial(step, self.x, self.y))
+
+
+EAGER = ("official", "official-repo", "isonet_fast", "isonet_fast without penalty", "bare", "resnet")
+COMPILED = ("isonet_fast", "compile", "resnet, compile")
+
+
+def main(arguments: Sequence[str] | None = None) -> Session:
+    options = parser(__doc__, official_repo=True)
+    options.add_argument("--profile", action="store_true", help="where the time of a step goes, and a trace in runs/")
+    args = options.parse_args(arguments)
+    session = Session("step", args)
+    repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
+    main_cases, rest = cases(session)
+    for case in main_cases:
+        if not session.late(str(case)):
+            benchmark = Benchmark(session, case, repo)
+            benchmark.compare(*EAGER)
+            if args.profile:
+                for provider in ("official", "isonet_fast"):
+                    benchmark.profile(provider)
+    if session.cuda or session.dry or not session.quick:
+        for case in main_cases:
+            if not session.late(f"{case} compiled", needed=60.0 if session.cuda else 0.0):
+                Benchmark(session, case, None).compare(*COMPILED)
+    for case in rest:
+        if not session.late(str(case), needed=10.0 if session.cuda else 0.0):
+            Benchmark(session, case, repo).compare(*EAGER)
+    return session
+
+
+if __name__ == "__main__":
+    sys.exit(main().finish())

@@ -1,0 +1,285 @@
+"""How a number is made: every provider is checked against float64, all are timed in turn, rows are written."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import STARTED, rows
+from .clocks import Call, Clock, CudaClock
+
+ROUNDS = 25  # samples of each provider, at most
+SECONDS = {"cpu": 2.0, "cuda": 1.0}  # for the samples of one group, unless three rounds take longer
+
+
+@dataclass
+class Contender:
+    """One provider in a group. `run` makes `calls` calls (over rotated buffers, where they would fit in a cache)."""
+
+    provider: str
+    run: Call
+    check: Callable[[], float] | None = None  # its error against float64; None: a bound, which computes something else
+    calls: int = 1
+    flops: float = 0.0  # of one call: what the op needs, not what this provider does
+    bytes: float = 0.0
+    resident: int = 0  # bytes that it holds between calls
+    plain: Call | None = None  # `run` before its capture, which is what allocates
+
+
+class Timing(NamedTuple):
+    p50: float
+    p20: float
+    p80: float
+
+
+class Problem(NamedTuple):
+    """What is computed: the columns that every provider of a group shares."""
+
+    op: str
+    mode: str
+    case: str
+    dtype: str
+    layout: str = ""
+
+
+def percentiles(samples: Sequence[float]) -> Timing:
+    """Median, 20th and 80th percentile, interpolated."""
+    ordered = sorted(samples)
+
+    def at(q: float) -> float:
+        place = q * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return Timing(at(0.5), at(0.2), at(0.8))
+
+
+def interleave(clock: Clock, calls: dict[str, Call], seconds: float, rounds: int, how: str = "sample") -> dict:
+    """Samples of every call: one of each per round, each round starting with another one.
+
+    At least three rounds, then until `rounds` or `seconds` are reached. What the warm-up measures sets how often
+    a call is repeated in a sample. how: "sample", "cold" or "host", as in `Clock`.
+    """
+    sample = getattr(clock, how)
+    repeats = {}
+    for name, call in calls.items():
+        sample(call, 1)
+        repeats[name] = max(1, min(1000, math.ceil(clock.sample_ms / max(sample(call, 1), 1e-6))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = clock.now()
+    for n in range(rounds):
+        if n >= 3 and clock.now() - start > seconds:
+            break
+        for name in names[n % len(names) :] + names[: n % len(names)]:
+            samples[name].append(sample(calls[name], repeats[name]))
+    return {name: percentiles(values) for name, values in samples.items()}
+
+
+def error(results: Sequence[Tensor], references: Sequence[Tensor]) -> float:
+    """The largest deviation from float64, each tensor's relative to its reference's largest value."""
+    worst = 0.0
+    for result, reference in zip(results, references, strict=True):
+        if result.shape != reference.shape:
+            return math.inf
+        scale = reference.abs().max().clamp_min(1e-30)
+        deviation = ((result.double() - reference).abs().max() / scale).item()
+        worst = max(worst, deviation if math.isfinite(deviation) else math.inf)
+    return worst
+
+
+class Session:
+    """One run of one script: its clock, where its rows go, the time it has left, what failed."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.dry, self.quick = args.dry_run, args.quick or args.dry_run
+        cuda = torch.cuda.is_available() and args.device != "cpu" and not self.dry
+        if args.device == "cuda" and not cuda:
+            raise SystemExit("--device cuda: this machine has no CUDA device (or this is a dry run)")
+        self.clock: Clock = CudaClock() if cuda else Clock()
+        self.device = self.clock.device
+        self.cuda = cuda
+        if self.dry:  # the smallest shapes gain nothing from threads, and tests share the machine
+            torch.set_num_threads(1)
+            self.clock.sample_ms = 0.0
+        folder = Path(tempfile.mkdtemp(prefix="benchmark-dry-run-")) if self.dry else rows.RESULTS
+        self.path = folder / f"{name}.csv"
+        self.name, self.failures, self.skipped = name, 0, 0
+        self._budget = args.budget
+        self._matmul: dict[torch.dtype, float] = {}
+        self.say(f"isonet_fast from {_origin()}, torch {torch.__version__}, {rows.machine(self.device.type)['device']}")
+        if cuda:
+            torch.backends.cudnn.benchmark = True  # as the official training script does
+            self._raise_clocks()
+
+    def _raise_clocks(self) -> None:
+        """Half a second of work: an idle GPU starts at a low clock rate."""
+        a = torch.randn(4096, 4096, device=self.device, dtype=torch.bfloat16)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            a @ a
+            torch.cuda.synchronize()
+
+    def say(self, text: str) -> None:
+        elapsed = time.monotonic() - STARTED
+        print(f"[{self.name} {elapsed:5.1f}/{self._budget:.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def late(self, what: str, needed: float = 0.0) -> bool:
+        """Whether the time is spent (or less than `needed` seconds are left): says what is left out."""
+        if time.monotonic() - STARTED + needed <= self._budget:
+            return False
+        self.skipped += 1
+        self.say(f"left out, no time: {what}")
+        return True
+
+    def compare(
+        self,
+        problem: Problem,
+        contenders: Sequence[Contender],
+        tolerance: float = 0.0,
+        limit: str | float = "",
+        how: str = "sample",
+        seconds: float | None = None,
+    ) -> dict[str, Timing]:
+        """Check, time and record a group. A provider that fails is reported and left out.
+
+        limit: the provider that shows what the machine can do (bytes are compared with its bytes, else FLOPs),
+        or a rate in TFLOP/s. Every row's share of it is recorded.
+        """
+        if self.late(" ".join(problem)):
+            return {}
+        ready = {c.provider: (c, checked) for c in contenders if (checked := self._check(problem, c, tolerance))}
+        if not ready:
+            return {}
+        seconds, rounds = (0.0, 2) if self.dry else (seconds or SECONDS[self.device.type], ROUNDS)
+        try:
+            timings = interleave(self.clock, {p: c.run for p, (c, _) in ready.items()}, seconds, rounds, how)
+        except RuntimeError as problem_met:  # out of memory, a launch that fails
+            self._failed(problem, "every provider", problem_met)
+            return {}
+        timings = {p: Timing(*(t / ready[p][0].calls for t in timing)) for p, timing in timings.items()}
+        stamp = {**rows.machine(self.device.type), "utc": rows.utc()}
+        written = []
+        for provider, (contender, (checked, peak)) in ready.items():
+            bound = next((c for c in contenders if c.provider == limit and limit in timings), None)
+            rate = _share(contender, timings[provider], bound, timings[bound.provider] if bound else limit)
+            numbers = _numbers(contender, timings[provider], rate, checked, peak)
+            written.append({**stamp, **problem._asdict(), **numbers})
+        rows.append(self.path, written)
+        self._progress(problem, written)
+        return timings
+
+    def _check(self, problem: Problem, contender: Contender, tolerance: float) -> tuple[float | None, int] | None:
+        """(error, peak bytes) of a provider that is right; None, reported, of one that is not or fails."""
+        try:
+            with torch.enable_grad():
+                wrong = contender.check() if contender.check else None
+            if wrong is not None and not wrong <= tolerance:
+                raise ArithmeticError(f"error {wrong:.3g} against float64, at most {tolerance:.3g} is allowed")
+            for _ in range(2):
+                contender.run()
+            return wrong, self.clock.peak(contender.plain or contender.run) + contender.resident
+        except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
+            self._failed(problem, contender.provider, problem_met)
+            return None
+
+    def _failed(self, problem: Problem, provider: str, problem_met: Exception) -> None:
+        self.failures += 1
+        reason = str(problem_met).splitlines() or [""]
+        self.say(f"FAILED {' '.join(problem)}: {provider}: {type(problem_met).__name__}: {reason[0]}")
+        if self.dry:
+            traceback.print_exception(problem_met)
+        self.clock.release()
+
+    def attempt(self, what: str, build: Callable[[], list[Contender]]) -> list[Contender]:
+        """The contenders that `build` makes; [], reported, where it fails."""
+        try:
+            return build()
+        except Exception as problem_met:  # as in _check
+            self._failed(Problem(what, "", "", ""), "building it", problem_met)
+            return []
+
+    def matmul_tflops(self, dtype: torch.dtype) -> float:
+        """The machine's matrix rate in this run: a large product, measured once and recorded."""
+        if dtype not in self._matmul:
+            size = 64 if self.dry else 8192 if self.cuda else 2048
+            a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
+            contender = Contender("matmul", lambda: a @ b, flops=2.0 * size**3)
+            timing = self.compare(Problem("matmul", "forward", f"{size}^3", dtype_name(dtype)), [contender])
+            self._matmul[dtype] = 2e-9 * size**3 / timing["matmul"].p50 if timing else math.nan
+        return self._matmul[dtype]
+
+    def finish(self) -> int:
+        """Exit status: 0, or 3 where a provider failed."""
+        self.say(f"{self.failures} failures, {self.skipped} left out; rows: {self.path}")
+        return 3 if self.failures else 0
+
+    def _progress(self, problem: Problem, written: list[rows.Row]) -> None:
+        parts = [f"{r['provider']} {rows.ms(r):.4g} ms" + _percent(r["fraction_of_limit"]) for r in written]
+        self.say(f"{' '.join(filter(None, problem))}: {', '.join(parts)}")
+
+
+def _percent(fraction: str) -> str:
+    return f" ({float(fraction):.0%})" if fraction else ""
+
+
+def _share(contender: Contender, timing: Timing, bound: Contender | None, limit: Timing | str | float) -> float | None:
+    """Of the limit, a bound that was timed alongside or a rate in TFLOP/s, what a provider reaches; None: unknown."""
+    if bound is not None and isinstance(limit, Timing):
+        work, bound_work = (contender.bytes, bound.bytes) if bound.bytes else (contender.flops, bound.flops)
+        return (work / timing.p50) / (bound_work / limit.p50) if work else None
+    if isinstance(limit, float) and limit > 0 and contender.flops:
+        return contender.flops / timing.p50 * 1e-9 / limit
+    return None
+
+
+def _numbers(contender: Contender, timing: Timing, rate: float | None, checked: float | None, peak: int) -> rows.Row:
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.6g}"
+
+    return {
+        "provider": contender.provider,
+        "p50_ms": text(timing.p50),
+        "p20_ms": text(timing.p20),
+        "p80_ms": text(timing.p80),
+        "peak_bytes": str(peak),
+        "gbytes_per_s": text(contender.bytes / timing.p50 * 1e-6 if contender.bytes else None),
+        "tflops": text(contender.flops / timing.p50 * 1e-9 if contender.flops else None),
+        "fraction_of_limit": text(rate),
+        "error": text(checked),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _origin() -> str:
+    import isonet_fast
+
+    return str(Path(isonet_fast.__file__).parent)
+
+
+def parser(description: str | None, official_repo: bool = False) -> argparse.ArgumentParser:
+    """The options that every script has."""
+    options = argparse.ArgumentParser(description=description)
+    add = options.add_argument
+    add("--quick", action="store_true", help="what the README shows; minutes, not an hour")
+    add("--dry-run", action="store_true", help="tiny shapes through everything, on the CPU; no rows kept")
+    add("--device", choices=("cpu", "cuda"), help="default: CUDA where there is one")
+    add("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after this")
+    if official_repo:
+        add("--official-repo", type=Path, metavar="PATH", help="time the authors' code from this clone too")
+    return options

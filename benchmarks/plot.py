@@ -1,0 +1,98 @@
+"""The figures, from the rows alone: `python -m benchmarks.plot [FOLDER]` writes PNGs to runs/benchmarks/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import ROOT
+from .rows import Row, group, ms, read
+from .targets import cases
+
+COLOURS = {
+    "official": "#c44e52",
+    "compile": "#dd8452",
+    "isonet_fast": "#4c72b0",
+    "bare": "#8c8c8c",
+    "resnet": "#937860",
+}
+BOUNDS = {"copy": "#cccccc", "matmul": "#cccccc"}
+
+
+def bars(axis, rows: list[Row], problems: list[dict[str, str]], title: str) -> None:
+    """One group of bars per case: milliseconds of each provider, 20th to 80th percentile as whiskers."""
+    colours = COLOURS | BOUNDS
+    sides = [(p["case"], group(rows, ("isonet_fast",), **p)) for p in problems]
+    sides = [(case, side) for case, side in sides if side]
+    shown = [name for name in colours if any(name in side for _, side in sides)]
+    width = 0.8 / max(1, len(shown))
+    for n, name in enumerate(shown):
+        at = [(i + n * width, side[name]) for i, (_, side) in enumerate(sides) if name in side]
+        below = [ms(row) - float(row["p20_ms"]) for _, row in at]
+        above = [float(row["p80_ms"]) - ms(row) for _, row in at]
+        heights = [ms(row) for _, row in at]
+        places = [place for place, _ in at]
+        axis.bar(places, heights, width, yerr=[below, above], color=colours[name], label=name)
+    axis.set_xticks(
+        [i + 0.4 - width / 2 for i in range(len(sides))], [case for case, _ in sides], rotation=20, fontsize=7
+    )
+    axis.set(title=title, ylabel="ms", yscale="log")
+    axis.legend(fontsize=7)
+
+
+def lines(axis, rows: list[Row], name: str) -> None:
+    """Cost against the number that varies, both logarithmic."""
+    found: dict[str, dict[int, float]] = {}
+    for problem in [c for c in cases(rows) if c["case"].startswith(f"{name} ") and "scaling" in c["op"]]:
+        for provider, row in group(rows, **problem).items():
+            found.setdefault(provider, {})[int(problem["case"].split()[1])] = ms(row)
+    for provider, points in found.items():
+        colour = (COLOURS | BOUNDS).get(provider)
+        axis.plot(sorted(points), [points[x] for x in sorted(points)], "o-", color=colour, label=provider)
+    axis.set(title=name, xlabel=name, ylabel="ms", xscale="log", yscale="log")
+    if found:
+        axis.legend(fontsize=7)
+
+
+def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
+    """Two figures of one device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
+    speed, axes = plt.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
+    bars(axes[0], rows, cases(rows, op="step"), "training step")
+    penalties = [c for c in cases(rows, op="orthogonality") if "isonet" in c["case"] or "cifar" in c["case"]]
+    modes = {c["mode"] for c in penalties}
+    mode = "loss+gradient graph" if "loss+gradient graph" in modes else "loss+gradient"
+    bars(axes[1], rows, [c for c in penalties if c["mode"] == mode], f"penalty, {mode}")
+    streaming = list(cases(rows, op="srelu", mode="forward+backward"))
+    bars(axes[2], rows, streaming[:6], "SReLU, forward+backward")
+    scaling, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
+    for axis, name in zip(axes, ("depth", "width", "batch", "channels", "layers"), strict=True):
+        lines(axis, rows, name)
+    paths = []
+    for figure, name in ((speed, "speed"), (scaling, "scaling")):
+        figure.suptitle(device)
+        paths.append(folder / f"{name}-{slug}.png")
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    rows = read(Path(given[0])) if given else read()
+    folder = Path(given[0]) if given else ROOT / "runs" / "benchmarks"
+    for device in sorted({row["device"] for row in rows}):
+        for path in draw([row for row in rows if row["device"] == device], device, folder):
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""`make bench` and `make bench-gpu`: every part in its own process and its own time, then a short table.
+
+A part that fails, crashes or overruns is reported, and the others still run; its rows up to then are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import ROOT, rows, table
+from .targets import evaluate
+
+GRACE = 12.0  # seconds that a part may go on with what it began in time, before it is ended
+
+
+class Part(NamedTuple):
+    module: str
+    seconds: float
+    options: tuple[str, ...] = ()
+
+
+PARTS = {
+    "cuda": (  # 385 s with every grace used up; what has a target comes first within each part
+        Part("bench_srelu", 45),
+        Part("bench_orthogonality", 75),
+        Part("bench_step", 170),
+        Part("bench_scaling", 20),
+    ),
+    "cpu": (  # under ten minutes on two cores
+        Part("bench_srelu", 110),
+        Part("bench_orthogonality", 110),
+        Part("bench_step", 110, ("--profile",)),
+        Part("bench_scaling", 100),
+    ),
+}
+LIMIT = {"cuda": 395.0, "cpu": 540.0}
+
+
+def run(part: Part, options: Sequence[str], left: float) -> str:
+    """Run one part; what became of it."""
+    seconds = min(part.seconds, left - GRACE)
+    if seconds < 5:
+        return "not started: no time left"
+    command = [
+        sys.executable,
+        "-m",
+        f"{__package__}.{part.module}",
+        *options,
+        *part.options,
+        "--budget",
+        f"{seconds:.0f}",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        status = process.wait(seconds + GRACE)
+    except subprocess.TimeoutExpired:
+        return f"ended after {seconds + GRACE:.0f} s"
+    finally:
+        _end(process)
+    return {0: "complete", 3: "complete, but a provider failed (see FAILED above)"}.get(
+        status, f"failed, status {status}"
+    )
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the part and the compilers that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def short_table(measured: list[rows.Row]) -> str:
+    """The targets that this run's rows speak to."""
+    lines = []
+    for target, outcome in evaluate(measured):
+        if outcome is not None:
+            verdict = "reached" if outcome.reached else "NOT REACHED"
+            lines.append(f"{target.device}  {target.what:<66} {target.target:<28} {outcome.measured:<36} {verdict}")
+    return "\n".join(lines) or "no row has a target"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--device", choices=tuple(PARTS), default="cuda" if torch.cuda.is_available() else "cpu")
+    device = options.parse_args(arguments).device
+    started, start = rows.utc(), time.monotonic()
+    outcomes = {}
+    for part in PARTS[device]:
+        left = LIMIT[device] - (time.monotonic() - start)
+        outcomes[part.module] = run(part, ["--quick", "--device", device], left)
+        print(f"--- {part.module}: {outcomes[part.module]}", file=sys.stderr, flush=True)
+    measured = [row for row in rows.read() if row["utc"] >= started]
+    if measured and (ROOT / "README.md").exists():
+        table.main([])  # rows and the tables made from them change together
+    print(f"\n{len(measured)} rows in {time.monotonic() - start:.0f} s, benchmarks/results/")
+    for module, outcome in outcomes.items():
+        print(f"  {module:<20} {outcome}")
+    print(f"\n{short_table(measured)}")
+    return 0 if all(outcome.startswith("complete") for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The README's tables, made from the rows: `python -m benchmarks.table` writes them, `--check` compares.
+
+A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import ROOT
+from .rows import Row, group, ms, read
+from .targets import NETWORKS, cases, evaluate, on
+
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- benchmark:([a-z-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table; numbers to the right, the first column to the left."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *body))
+
+
+def targets_table(rows: list[Row]) -> str:
+    """Every target, reached or not; what no GPU has measured says so."""
+    body = []
+    for target, outcome in evaluate(rows):
+        measured = "not measured" if outcome is None else outcome.measured
+        verdict = "" if outcome is None else "reached" if outcome.reached else "**not reached**"
+        body.append([f"{target.device}: {target.what}", target.target, measured, verdict])
+    return markdown(["", "target", "measured", ""], body)
+
+
+def step_table(rows: list[Row]) -> str:
+    """Whole training steps: milliseconds, images per second, peak memory."""
+    providers = ("official", "compile", "isonet_fast", "bare", "resnet")
+    body = []
+    for problem in cases(rows, op="step"):
+        side = group(rows, ("official", "isonet_fast"), **problem)
+        if not side:
+            continue
+        side = {**group(rows, ("compile",), **problem), **side}
+        batch = int(problem["case"].split()[2])
+        times = [f"{ms(side[p]):.4g}" if p in side else "" for p in providers]
+        ours, official = side["isonet_fast"], side["official"]
+        memory = f"{int(ours['peak_bytes']) / 2**20:,.0f} / {int(official['peak_bytes']) / 2**20:,.0f}"
+        rate = f"{1e3 * batch / ms(ours):,.0f} / {1e3 * batch / ms(official):,.0f}"
+        body.append([f"{problem['case']}, {problem['dtype']}", *times, rate, memory])
+    head = ["step, ms", "official", "compiled", "ours", "bare", "ResNet, BatchNorm"]
+    return markdown([*head, "images/s, ours / official", "peak MiB, ours / official"], body)
+
+
+def penalty_table(rows: list[Row]) -> str:
+    """Penalty and gradient of whole networks; on a GPU replayed as a CUDA graph."""
+    body = []
+    for network in ("cifar32", *NETWORKS):
+        for mode in ("loss+gradient graph", "loss+gradient"):
+            side = group(rows, ("official", "isonet_fast", "matmul"), op="orthogonality", mode=mode, case=network)
+            if not side:
+                continue
+            side = {**group(rows, ("compile",), op="orthogonality", mode=mode, case=network), **side}
+            ours, official = side["isonet_fast"], side["official"]
+            times = [
+                f"{ms(side[p]):.4g}" if p in side else "" for p in ("official", "compile", "isonet_fast", "matmul")
+            ]
+            share = f"{float(ours['fraction_of_limit']):.0%}"
+            name = network if mode == "loss+gradient" else f"{network}, graph"
+            body.append([name, *times, f"{ms(official) / ms(ours):.3g}x", share])
+    head = ["penalty + gradient, ms", "official", "compiled", "ours", "one product of these FLOPs"]
+    return markdown([*head, "official / ours", "share of the matrix rate"], body)
+
+
+def srelu_table(rows: list[Row]) -> str:
+    """SReLU and join, forward and backward, at the shapes of ISONet-50 and R-ISONet-50."""
+    body = []
+    for problem in cases(rows, mode="forward+backward"):
+        side = group(rows, ("official", "isonet_fast", "copy"), **problem)
+        if "srelu" not in problem["op"] or not side:
+            continue
+        side = {**group(rows, ("compile",), **problem), **side}
+        ours = side["isonet_fast"]
+        times = [f"{ms(side[p]):.4g}" if p in side else "" for p in ("official", "compile", "isonet_fast", "copy")]
+        name = f"{problem['op']} {problem['case']} {problem['dtype']} {problem['layout']}"
+        body.append(
+            [name, *times, f"{ms(side['official']) / ms(ours):.3g}x", f"{float(ours['fraction_of_limit']):.0%}"]
+        )
+    head = ["forward + backward, ms", "official", "compiled", "ours", "copy of as many bytes"]
+    return markdown([*head, "official / ours", "share of the copy bandwidth"], body)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "targets": targets_table,
+    "step": step_table,
+    "penalty": penalty_table,
+    "srelu": srelu_table,
+}
+
+
+def by_device(make: Callable[[list[Row]], str], rows: list[Row]) -> str:
+    """One table for each device that has rows, newest versions named; GPUs first."""
+    parts = []
+    for device in sorted({row["device"] for row in rows}, key=lambda name: (name.startswith("cpu:"), name)):
+        own = [row for row in rows if row["device"] == device]
+        table = make(own)
+        if table.count("\n") > 2:
+            last = own[-1]
+            versions = ", ".join(filter(None, (f"torch {last['torch']}", last["driver"])))
+            parts.append(f"{device.removeprefix('cpu: ')}, {versions}\n\n{table}")
+    if not on(rows, "GPU"):
+        parts.insert(0, "No GPU has measured this yet.\n")
+    return "\n".join(parts)
+
+
+def render(text: str, rows: list[Row]) -> str:
+    """The text with every marked table made anew. Raises ValueError for an unknown name."""
+
+    def table(match: re.Match) -> str:
+        opening, name, closing = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"<!-- benchmark:{name} -->: the tables are {', '.join(TABLES)}")
+        make = TABLES[name]
+        made = make(rows) if name == "targets" else by_device(make, rows)
+        return f"{opening}{made}{closing}"
+
+    return MARKED.sub(table, text)
+
+
+def main(arguments: Sequence[str] | None = None, readme: Path = README) -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--check", action="store_true", help="fail where a table differs from its rows")
+    check = options.parse_args(arguments).check
+    text = readme.read_text()
+    made = render(text, read())
+    if check and made != text:
+        print(f"{readme.name}: tables differ from benchmarks/results: python -m benchmarks.table", file=sys.stderr)
+        return 1
+    if made != text:
+        readme.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The harness: statistics, order and repeats with a clock that the test turns; what is checked before it is timed."""
+
+import csv
+import itertools
+import math
+
+import pytest
+import torch
+
+from benchmarks import clocks, harness, rows
+from benchmarks.harness import Contender, Problem, Session, error, interleave, parser, percentiles
+
+PROBLEM = Problem("op", "forward", "case", "float32", "nchw")
+
+
+class FakeTime:
+    """Seconds that pass only inside calls, and a log of the calls."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def call(self, name, *milliseconds):
+        durations = itertools.cycle(milliseconds)
+
+        def run():
+            self.log.append(name)
+            self.now += next(durations) / 1e3
+
+        return run
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    time = FakeTime()
+    clock = clocks.Clock(lambda: time.now)
+    clock.peak = lambda call: call() or 0
+    monkeypatch.setattr(harness, "Clock", lambda: clock)
+    time.clock = clock
+    return time
+
+
+@pytest.fixture
+def session(fake, monkeypatch):
+    threads = torch.get_num_threads()
+    made = Session("test", parser("").parse_args(["--dry-run"]))
+    yield made
+    torch.set_num_threads(threads)
+
+
+def written(session):
+    with open(session.path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_percentiles_interpolate():
+    assert percentiles([5, 1, 4, 2, 3]) == pytest.approx((3, 1.8, 4.2))
+    assert percentiles([1, 2]) == pytest.approx((1.5, 1.2, 1.8))
+    assert percentiles([7]) == (7, 7, 7)
+
+
+def test_rounds_are_interleaved_and_begin_with_another_provider_each(fake):
+    fake.clock.sample_ms = 0.0
+    calls = {name: fake.call(name, 1) for name in "abc"}
+    interleave(fake.clock, calls, seconds=math.inf, rounds=3)
+    assert "".join(fake.log) == "aabbcc" + "abc" + "bca" + "cab"
+
+
+def test_warm_up_is_not_counted_and_short_calls_are_repeated(fake):
+    fake.clock.sample_ms = 5.0
+    slow_start = fake.call("slow start", 1000, *[2] * 1000)
+    timing = interleave(fake.clock, {"a": slow_start, "b": fake.call("b", 20)}, seconds=math.inf, rounds=4)
+    assert timing["a"] == pytest.approx((2, 2, 2)) and timing["b"] == pytest.approx((20, 20, 20))
+    assert fake.log.count("slow start") == 2 + 4 * math.ceil(5 / 2) and fake.log.count("b") == 2 + 4
+
+
+def test_time_is_limited_after_three_rounds(fake):
+    call = fake.call("a", 1000)
+    interleave(fake.clock, {"a": call}, seconds=1.0, rounds=50)
+    assert fake.log.count("a") == 2 + 3
+
+
+def test_error_is_relative_to_each_reference():
+    reference = torch.tensor([1.0, -4.0], dtype=torch.float64)
+    assert error([torch.tensor([1.0, -3.0])], [reference]) == pytest.approx(0.25)
+    assert error([torch.tensor([1.0])], [reference]) == math.inf
+    assert error([torch.tensor([math.nan, -4.0])], [reference]) == math.inf
+
+
+def test_rows_name_shares_of_the_bound_and_have_the_columns(session, fake):
+    bound = Contender("copy", fake.call("copy", 2), bytes=8e6)
+    ours = Contender("isonet_fast", fake.call("ours", 4), lambda: 0.5, calls=2, bytes=8e6, resident=100)
+    session.compare(PROBLEM, [bound, ours], tolerance=0.5, limit="copy")
+    copy, fast = written(session)
+    assert tuple(fast) == rows.COLUMNS
+    assert copy["p50_ms"] == "2" and copy["fraction_of_limit"] == "1" and copy["error"] == ""
+    assert float(copy["gbytes_per_s"]) == pytest.approx(8e6 / 2e-3 * 1e-9)
+    assert fast["p50_ms"] == "2" and fast["error"] == "0.5" and fast["peak_bytes"] == "100"
+    assert fast["utc"] == copy["utc"] and fast["torch"] == torch.__version__
+
+
+def test_flops_are_compared_with_a_rate_in_teraflops(session, fake):
+    session.compare(PROBLEM, [Contender("ours", fake.call("ours", 1), flops=1e9)], limit=4.0)
+    assert written(session)[0]["fraction_of_limit"] == "0.25" and written(session)[0]["tflops"] == "1"
+
+
+def test_a_wrong_or_failing_provider_is_reported_and_not_timed(session, fake, capsys):
+    def fails():
+        raise RuntimeError("no such kernel\nand a traceback")
+
+    good = Contender("good", fake.call("good", 1), lambda: 0.0)
+    wrong = Contender("wrong", fake.call("wrong", 1), lambda: 0.2)
+    nan = Contender("nan", fake.call("nan", 1), lambda: math.nan)
+    session.compare(PROBLEM, [wrong, nan, Contender("broken", fails), good], tolerance=0.1)
+    assert [row["provider"] for row in written(session)] == ["good"] and "wrong" not in fake.log
+    told = capsys.readouterr().err
+    assert "wrong: ArithmeticError: error 0.2" in told and "broken: RuntimeError: no such kernel\n" in told
+    assert session.finish() == 3
+
+
+def test_nothing_is_started_after_the_budget(fake, capsys):
+    session = Session("test", parser("").parse_args(["--dry-run", "--budget", "-1"]))
+    assert session.compare(PROBLEM, [Contender("a", fake.call("a", 1))]) == {}
+    assert not fake.log and "left out, no time: op forward case" in capsys.readouterr().err
+
+
+def test_a_dry_run_keeps_no_rows(session):
+    assert rows.RESULTS not in session.path.parents
+
+
+def test_peak_counts_what_a_call_allocates():
+    def call():
+        first = torch.empty(1 << 18)  # 1 MiB
+        second = first + 1
+        del first
+        return second * 2  # never more than two alive
+
+    call()
+    assert clocks.Clock().peak(call) == pytest.approx(2 << 20, rel=0.01)
+
+
+def test_cuda_samples_are_the_time_between_two_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 12.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("idle"))
+    clock = object.__new__(clocks.CudaClock)
+    assert clock.sample(lambda: log.append("call"), 3) == 4.0
+    assert log == ["idle", "record", "call", "call", "call", "record", "wait"]
+
+
+def test_the_latest_group_that_holds_every_provider():
+    def row(provider, stamp, value):
+        return dict.fromkeys(rows.COLUMNS, "") | {"provider": provider, "utc": stamp, "p50_ms": value, "op": "x y"}
+
+    together = [row("a", "1", "1"), row("b", "1", "2")]
+    later = [row("a", "2", "9"), row("b", "3", "9")]
+    assert rows.group(together + later, ("a", "b"), op="x*") == {"a": together[0], "b": together[1]}
+    assert rows.group(together + later, ("a",), op="x y") == {"a": later[0]}
+    assert rows.group(together, ("c",)) == {} and rows.group(together, op="y") == {}

@@ -1,0 +1,109 @@
+"""Every script, through every provider and every row writer, on shapes of a few elements."""
+
+import importlib
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from benchmarks import bench_srelu, providers, rows, run_all, step
+from isonet_fast.models.official import bare, official, official_penalty
+from isonet_fast.nn import SReLU
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+    torch.compiler.reset()
+
+
+def stored():
+    return {path: path.stat().st_mtime_ns for path in rows.RESULTS.glob("*")}
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "expected"),
+    [
+        ("bench_srelu", [], {"copy", "official", "compile", "isonet_fast"}),
+        ("bench_orthogonality", [], {"matmul", "copy", "official", "compile", "isonet_fast"}),
+        (
+            "bench_step",
+            ["--profile"],
+            {"matmul", "official", "compile", "isonet_fast", "isonet_fast without penalty", "bare"},
+        ),
+        ("bench_scaling", [], {"matmul", "official", "isonet_fast", "bare"}),
+    ],
+)
+def test_dry_run(script, options, expected):
+    before = stored()
+    session = importlib.import_module(f"benchmarks.{script}").main(["--dry-run", *options])
+    assert session.finish() == 0 and session.skipped == 0
+    written = rows.read(session.path.parent)  # raises for other columns
+    assert expected <= {row["provider"] for row in written}
+    assert all(float(row["p50_ms"]) >= 0 for row in written)
+    timed = [row for row in written if row["op"] != "profile"]
+    assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
+    if "scaling" not in script:
+        ours = [row for row in timed if row["provider"] == "isonet_fast"]
+        assert ours and all(float(row["error"]) < 0.1 for row in ours)
+    if "--profile" in options:
+        check_profile(written)
+    assert stored() == before
+
+
+def check_profile(written):
+    for provider in ("official", "isonet_fast"):
+        profiled = [row for row in written if row["op"] == "profile" and row["provider"] == provider]
+        parts = {row["mode"]: float(row["p50_ms"]) for row in profiled}
+        assert set(parts) == {"convolution", "SReLU", "penalty", "optimizer", "rest"}
+        assert all(ms > 0 for ms in parts.values())
+        assert parts["rest"] < 0.5 * sum(parts.values())
+
+
+def test_shapes_are_those_of_the_paper():
+    shapes = bench_srelu.activation_shapes("isonet50", SReLU, 2)
+    assert len(shapes) == 12
+    assert {(2, 64, 112, 112), (2, 256, 56, 56), (2, 128, 56, 56), (2, 512, 14, 14), (2, 2048, 7, 7)} <= set(shapes)
+
+
+@pytest.mark.parametrize("network", ["isonet18", "risonet18"])
+def test_official_form_agrees_with_ours_in_float64(network):
+    """The official stem pools last, scales and joins in passes of their own."""
+    model = providers.perturb(providers.build(network)).double()
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    ours, theirs = (step.Step(net, False).measured(x, y) for net in (model, official(model)))
+    assert step.deviation(ours, theirs) < 1e-10
+
+
+def test_a_wrong_step_is_seen():
+    model = providers.perturb(providers.build("cifar8"))
+    x, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    truth = step.truth(model, x, y)
+    assert step.Step(model, False, regularize=True).error(x, y, truth) < 1e-4
+    assert step.Step(model, False).error(x, y, truth) > 0.5  # without its penalty
+    with pytest.raises(ArithmeticError, match="srelu_bias"):
+        step.Step(bare(model), False, official_penalty).error(x, y, truth)
+
+
+def test_a_part_that_fails_or_overruns_is_reported(monkeypatch, tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\ncase $2 in *.slow) sleep 60;; *.wrong) exit 3;; *.broken) exit 1;; esac\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    monkeypatch.setattr(run_all, "GRACE", -6.0)
+    assert run_all.run(run_all.Part("fine", 7), [], 100) == "complete"
+    assert run_all.run(run_all.Part("wrong", 7), [], 100).startswith("complete, but a provider failed")
+    assert run_all.run(run_all.Part("broken", 7), [], 100) == "failed, status 1"
+    assert run_all.run(run_all.Part("slow", 7), [], 100) == "ended after 1 s"
+    assert run_all.run(run_all.Part("fine", 7), [], -5) == "not started: no time left"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_all_parts_end_within_the_limit(device):
+    assert sum(part.seconds + run_all.GRACE for part in run_all.PARTS[device]) <= run_all.LIMIT[device]
+    assert run_all.LIMIT[device] < {"cpu": 600, "cuda": 420}[device] - 20
+    for part in run_all.PARTS[device]:
+        assert importlib.util.find_spec(f"benchmarks.{part.module}"), part.module

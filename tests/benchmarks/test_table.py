@@ -1,0 +1,105 @@
+"""README tables come from rows; targets are judged by rows alone."""
+
+import pytest
+
+from benchmarks import plot, rows, table, targets
+
+STAMP = {"device": "NVIDIA H200", "torch": "2.11.0", "driver": "1, CUDA 13.0"}
+
+
+def measured(op, mode, case, dtype, stamp="1", **times):
+    base = dict.fromkeys(rows.COLUMNS, "") | STAMP | {"layout": "", "utc": stamp}
+    found = []
+    for provider, ms in times.items():
+        row = base | {"op": op, "mode": mode, "case": case, "dtype": dtype, "provider": provider.replace("_0", ", ")}
+        row |= {"p50_ms": str(ms), "p20_ms": str(ms), "p80_ms": str(ms), "peak_bytes": "1000000"}
+        bound = times.get("copy", times.get("matmul"))
+        found.append(row | {"fraction_of_limit": str(bound / ms) if bound else ""})
+    return found
+
+
+def on_gpu(slow=1.0):
+    """Rows that reach every GPU target at slow=1, and none at a large one."""
+    ours = 0.5 * slow
+    found = measured(
+        "orthogonality", "loss+gradient graph", "isonet34", "float32",
+        official=30, compile=4, isonet_fast=ours, matmul=0.36, copy=0.02,
+    )  # fmt: skip
+    for op in ("srelu", "residual_srelu"):
+        for mode, compiled in (("forward", 2), ("backward", 2), ("forward+backward", 3)):
+            times = dict(isonet_fast=1.05 * slow, copy=1.0, compile=compiled, official=4)
+            found += measured(op, mode, "256x256x56x56", "bfloat16", **times)
+            found += measured(
+                op, mode, "8x256x7x7", "bfloat16", isonet_fast=9, copy=1.0, compile=0.1
+            )  # too small to count
+    for network in ("isonet50", "risonet50"):
+        times = dict(isonet_fast=100 * slow, official=300, compile=150, bare=95, resnet=170, resnet_0compile=130)
+        step = measured("step", "training", f"{network} batch 256 224x224", "bfloat16", **times)
+        step += measured("step", "training", f"{network} batch 256 224x224", "bfloat16", isonet_fast=1, stamp="0")
+        step[0]["peak_bytes"] = str(int(400000 * slow))
+        without = dict(step[0], provider="isonet_fast without penalty", p50_ms="99")
+        found += [*step, without]
+    return found
+
+
+@pytest.mark.parametrize(("slow", "reached"), [(1.0, True), (5.0, False)])
+def test_gpu_targets(slow, reached):
+    outcomes = [(t.what, o) for t, o in targets.evaluate(on_gpu(slow)) if t.device == "GPU"]
+    assert len(outcomes) == 12
+    for what, outcome in outcomes:
+        assert outcome is not None and outcome.reached is reached, (what, outcome)
+
+
+@pytest.mark.parametrize(("ours", "reached"), [(10.0, True), (100.0, False)])
+def test_cpu_targets(ours, reached):
+    found = measured("srelu", "forward+backward", "2x3x4x4", "float32", official=25, isonet_fast=ours, copy=5)
+    found += measured("orthogonality", "loss+gradient", "cifar32", "float32", official=25, isonet_fast=ours, matmul=1)
+    found += measured("step", "training", "cifar32 batch 32 32x32", "float32", official=30, isonet_fast=ours, bare=5)
+    found = [row | {"device": "cpu: some (2 threads)"} for row in found]
+    outcomes = [o for t, o in targets.evaluate(found) if t.device == "CPU"]
+    assert [o.reached for o in outcomes] == [reached] * 3
+    assert all(o is None for t, o in targets.evaluate(found) if t.device == "GPU")
+
+
+def test_tables_are_made_between_markers_and_nothing_else_changes():
+    text = "before\n<!-- benchmark:targets -->\nold\n<!-- /benchmark -->\nafter <!-- /benchmark -->\n"
+    made = table.render(text, on_gpu())
+    assert made.startswith("before\n<!-- benchmark:targets -->\n|") and made.endswith("after <!-- /benchmark -->\n")
+    assert "old" not in made and table.render(made, on_gpu()) == made
+    with pytest.raises(ValueError, match="benchmark:nothing"):
+        table.render("<!-- benchmark:nothing -->\n<!-- /benchmark -->", [])
+
+
+@pytest.mark.parametrize("name", table.TABLES)
+def test_every_table(name):
+    made = table.render(f"<!-- benchmark:{name} -->\n<!-- /benchmark -->", on_gpu())
+    body = made.splitlines()
+    assert {line.count("|") for line in body if line.startswith("|")} != {0}
+    widths = {line.count(" | ") for line in body if line.startswith("|")}
+    assert len(widths) == 1, made
+    assert "No GPU has measured this yet" not in made
+    empty = table.render(f"<!-- benchmark:{name} -->\n<!-- /benchmark -->", [])
+    assert "not measured" in empty or "No GPU has measured this yet" in empty
+
+
+def test_check_tells_a_stale_table(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmark:step -->\nstale\n<!-- /benchmark -->\n")
+    assert table.main(["--check"], readme) == 1 and "differ" in capsys.readouterr().err
+    assert table.main([], readme) == 0 and table.main(["--check"], readme) == 0
+    assert "stale" not in readme.read_text()
+
+
+def test_readme_tables_are_those_of_the_rows():
+    assert table.main(["--check"]) == 0
+    assert {match[1] for match in table.MARKED.findall(table.README.read_text())} == set(table.TABLES)
+
+
+def test_figures_need_rows_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = on_gpu()
+    for n in (1, 2):
+        found += measured("step, scaling", "training", f"depth {n}", "float32", isonet_fast=n, official=2 * n)
+    paths = plot.draw(found, "NVIDIA H200", tmp_path)
+    assert [path.name for path in paths] == ["speed-nvidia-h200.png", "scaling-nvidia-h200.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
