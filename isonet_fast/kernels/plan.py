@@ -92,7 +92,7 @@ VARIANTS = {
 
 
 def pack_options(variant: Variant) -> dict[str, Any]:
-    """Meta-parameters of the launches: orthogonality.py launches with them, tools/lower_triton.py compiles with them."""
+    """Meta-parameters: orthogonality.py launches with them, tools/lower_triton.py compiles with them."""
     return {"ROWS": PACK_ROWS, "COLUMNS": PACK_COLUMNS, "SPLIT": variant.products == 3, "num_warps": 4}
 
 

@@ -69,7 +69,7 @@ class _Items(Dataset):
 
 
 class Loader:
-    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, no more than there are cores."""
+    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one a core."""
 
     def __init__(self, examples: Examples, batch_size: int, workers: int, seed: int, train: bool, pin: bool) -> None:
         if train and len(examples) < batch_size:
