@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:  # not a dependency: an install would pull 
 
 __version__ = "0.1.0"
 
-from . import functional, init, models, reference
+from . import diagnostics, functional, init, models, reference
 from .convert import convert
 from .environment import info
 from .nn import (
@@ -34,6 +34,7 @@ __all__ = [
     "SReLU",
     "SharedScale",
     "convert",
+    "diagnostics",
     "functional",
     "info",
     "init",
