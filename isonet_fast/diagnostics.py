@@ -22,9 +22,9 @@ FINEST = 16  # frequencies per dimension that a report samples at most
 def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     """All singular values of a convolution (or linear layer) on a circular grid of `input_size`, descending, float64.
 
-    A circular convolution is block diagonal in the Fourier basis: one (O/g, I/g) matrix per frequency and group (Sedghi,
-    Gupta, Long, ICLR 2019). A stride s folds the s^d frequencies that alias onto one output frequency side by side,
-    divided by s^(d/2). Computed from the eigenvalues of the smaller gram matrix, so values under 1e-8 are rounding.
+    A circular convolution is block diagonal in the Fourier basis: one (O/g, I/g) matrix per frequency and group
+    (Sedghi, Gupta, Long, ICLR 2019). A stride s folds the s^d frequencies that alias onto one output frequency side by
+    side, divided by s^(d/2). Computed from eigenvalues of the smaller gram matrix: values under 1e-8 are rounding.
 
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
     ignores it. Raises TypeError for another module, ValueError for such a size.
