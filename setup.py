@@ -66,22 +66,23 @@ class BuildKernels(build_ext):
         target.unlink(missing_ok=True)
         reason = obstacle()
         if reason is None:
-            try:
-                self.cmake(target.parent)
-                return
-            except subprocess.CalledProcessError as error:
-                reason = f"the build failed (its output is above): {error.cmd[0]} returned {error.returncode}"
+            cuda = {"0": "OFF", "1": "ON"}.get(os.environ.get("ISONET_FAST_CUDA", ""), "AUTO")
+            for attempt in [cuda] if cuda != "AUTO" else ["AUTO", "OFF"]:  # an nvcc that does not work is no nvcc
+                try:
+                    self.cmake(target.parent, attempt)
+                    return
+                except subprocess.CalledProcessError as error:
+                    reason = f"the build failed (its output is above): {error.cmd[0]} returned {error.returncode}"
         if demanded():
             raise RuntimeError(f"isonet_fast: the compiled kernels were demanded, but {reason}")
         needs = f"with torch {'.'.join(map(str, TORCH_FLOOR))} or newer, cmake and a C++ compiler, build them with"
         command = "pip install --no-build-isolation ."
         print(f"isonet_fast: installing without compiled kernels ({reason}); {needs}: {command}", file=sys.stderr)
 
-    def cmake(self, output: pathlib.Path) -> None:
+    def cmake(self, output: pathlib.Path, cuda: str) -> None:
         cmake, ninja = executable("cmake"), executable("ninja")
         torch = importlib.util.find_spec("torch")
         assert cmake is not None and torch is not None and torch.origin is not None
-        cuda = {"0": "OFF", "1": "ON"}.get(os.environ.get("ISONET_FAST_CUDA", ""), "AUTO")
         options = {
             "ISONET_FAST_CUDA": cuda,
             "ISONET_FAST_OUTPUT": output,

@@ -149,7 +149,8 @@ void launch(const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const Tensor partials = workspace(x, isonet_fast::cuda::srelu_backward_workspace(args));
-    return check_launch(isonet_fast::cuda::srelu_backward(args, partials.mutable_data_ptr(), current_stream(x)));
+    void* const memory = partials.mutable_data_ptr();
+    return check_launch(isonet_fast::cuda::srelu_backward(args, memory, current_stream(x)));
   }
 #endif
   isonet_fast::cpu::srelu_backward(args);
@@ -160,7 +161,8 @@ void launch(const Tensor& x, const isonet_fast::ResidualSReLUBackwardArgs& args)
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     const Tensor partials = workspace(x, isonet_fast::cuda::residual_srelu_backward_workspace(args));
-    return check_launch(isonet_fast::cuda::residual_srelu_backward(args, partials.mutable_data_ptr(), current_stream(x)));
+    void* const memory = partials.mutable_data_ptr();
+    return check_launch(isonet_fast::cuda::residual_srelu_backward(args, memory, current_stream(x)));
   }
 #endif
   isonet_fast::cpu::residual_srelu_backward(args);

@@ -72,8 +72,9 @@ cudaError_t launch_typed(const Call& call, void* workspace, cudaStream_t stream)
     const int64_t blocks = p.channels + (Formula::kSumsScale ? 1 : 0);
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     if (blocks > 0) {
-      ISONET_FAST_LAUNCH((finish_kernel<A>), dim3(static_cast<unsigned>(blocks)), dim3(p.finish_threads(Formula::kSumsScale)),
-                         32 * sizeof(A), stream, partials, p, call.grad_bias, call.grad_scale);
+      const dim3 grid(static_cast<unsigned>(blocks)), block(p.finish_threads(Formula::kSumsScale));
+      ISONET_FAST_LAUNCH((finish_kernel<A>), grid, block, 32 * sizeof(A), stream, partials, p, call.grad_bias,
+                         call.grad_scale);
       return cudaGetLastError();
     }
   }

@@ -8,8 +8,12 @@ namespace isonet_fast::cuda {
 namespace {
 
 Call backward_call(const ResidualSReLUBackwardArgs& args) {
-  Call call{args.dtype, args.extent, {args.grad_output, args.output, args.branch}, {args.grad_shortcut, args.grad_branch},
-            args.bias, args.scale};
+  Call call{args.dtype,
+            args.extent,
+            {args.grad_output, args.output, args.branch},
+            {args.grad_shortcut, args.grad_branch},
+            args.bias,
+            args.scale};
   call.grad_bias = {args.grad_bias, args.bias.dtype};
   call.grad_scale = {args.grad_scale, args.scale.dtype};
   return call;

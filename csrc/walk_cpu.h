@@ -175,7 +175,8 @@ Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   const int64_t units = (numel + length - 1) / length;
   std::vector<Sum<T>> b(width);
   for (int64_t c = 0; c < width; ++c) b[c] = rounded<T>(call.bias, c % e.channels);
-  Sums sums{std::vector<double>(Formula::kSumsBias ? units * e.channels : 0), std::vector<double>(Formula::kSumsScale ? units : 0)};
+  Sums sums{std::vector<double>(Formula::kSumsBias ? units * e.channels : 0),
+            std::vector<double>(Formula::kSumsScale ? units : 0)};
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     std::vector<Sum<T>> grad_bias(Formula::kSumsBias ? width : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -206,11 +207,13 @@ void walk_typed(const Call& call) {
   const Extent& e = call.extent;
   const bool runs = e.inner > 1;
   Sums sums;
-  if (e.numel() > 0) sums = runs ? walk_runs<Formula, T>(call, streams, scale) : walk_rows<Formula, T>(call, streams, scale);
+  if (e.numel() > 0)
+    sums = runs ? walk_runs<Formula, T>(call, streams, scale) : walk_rows<Formula, T>(call, streams, scale);
   if constexpr (Formula::kSumsBias) {
     std::vector<double> totals(e.channels);
     const int64_t consecutive = runs ? pieces_of(e) : 1;  // sums of one channel
-    for (int64_t i = 0; i < static_cast<int64_t>(sums.bias.size()); ++i) totals[i / consecutive % e.channels] += sums.bias[i];
+    const int64_t count = static_cast<int64_t>(sums.bias.size());
+    for (int64_t i = 0; i < count; ++i) totals[i / consecutive % e.channels] += sums.bias[i];
     for (int64_t c = 0; c < e.channels; ++c) write_gradient<T>(call.grad_bias, call.bias.dtype, c, totals[c]);
   }
   if constexpr (Formula::kSumsScale) {

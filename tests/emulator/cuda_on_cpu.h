@@ -161,14 +161,14 @@ inline void run_block(Block& b) {
       switch_context(&b.scheduler, &fiber.context, fiber.stack.get(), kStack);
     }
     if (!b.progress && !b.error)
-      throw std::runtime_error("deadlock: " + std::to_string(b.live) + " threads wait at a barrier that others never reach");
+      throw std::runtime_error("deadlock: " + std::to_string(b.live) + " threads wait at a barrier that others miss");
   }
   if (b.error) std::rethrow_exception(b.error);
 }
 
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, dim3 grid, dim3 size, size_t shared_bytes, Arguments... arguments) {
-  if (size.y != 1 || size.z != 1 || grid.y != 1 || grid.z != 1) throw std::runtime_error("only one-dimensional launches");
+  if (size.y * size.z * grid.y * grid.z != 1) throw std::runtime_error("only one-dimensional launches");
   if (size.x % 32 != 0 || size.x > 1024 || grid.x == 0) throw std::runtime_error("bad launch configuration");
   ++launches;
   const std::function<void()> body = [=] { kernel(arguments...); };

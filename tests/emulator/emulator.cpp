@@ -35,39 +35,44 @@ Extent extent_of(const std::array<int64_t, 3>& sizes) { return {sizes[0], sizes[
 
 Parameter parameter(const py::array& array, const std::string& dtype) { return {array.data(), dtype_of(dtype)}; }
 
-// The workspace is exactly as long as the launcher asks for.
-using Workspace = std::unique_ptr<double[]>;
-Workspace workspace(int64_t bytes) { return Workspace(new double[(bytes + 7) / 8]); }
+// Exactly as long as the launcher asks for, on 16 bytes as operator new gives it.
+using Workspace = std::unique_ptr<unsigned char[]>;
+Workspace workspace(int64_t bytes) { return Workspace(new unsigned char[bytes]); }
 
 }  // namespace
 
 PYBIND11_MODULE(EMULATOR_MODULE, m) {
-  m.def("srelu", [](const std::string& dtype, std::array<int64_t, 3> extent, py::array x, py::array bias,
-                    const std::string& bias_dtype, py::array y) {
-    check(cuda::srelu_forward({dtype_of(dtype), extent_of(extent), x.data(), parameter(bias, bias_dtype), y.mutable_data()}, nullptr));
+  using Sizes = std::array<int64_t, 3>;
+  using Name = const std::string&;
+  m.def("srelu", [](Name dtype, Sizes extent, py::array x, py::array bias, Name bias_dtype, py::array y) {
+    check(cuda::srelu_forward(
+        {dtype_of(dtype), extent_of(extent), x.data(), parameter(bias, bias_dtype), y.mutable_data()}, nullptr));
   });
-  m.def("srelu_backward", [](const std::string& dtype, std::array<int64_t, 3> extent, py::array grad_output,
-                             py::array output, py::array bias, const std::string& bias_dtype, py::array grad_x, py::array grad_bias) {
-    const SReLUBackwardArgs args{dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(),
-                                 parameter(bias, bias_dtype), grad_x.mutable_data(), grad_bias.mutable_data()};
+  m.def("srelu_backward", [](Name dtype, Sizes extent, py::array grad_output, py::array output, py::array bias,
+                             Name bias_dtype, py::array grad_x, py::array grad_bias) {
+    const SReLUBackwardArgs args{
+        dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(), parameter(bias, bias_dtype),
+        grad_x.mutable_data(), grad_bias.mutable_data()};
     const int64_t bytes = cuda::srelu_backward_workspace(args);
     const Workspace partials = workspace(bytes);
     check(cuda::srelu_backward(args, partials.get(), nullptr));
     return bytes;
   });
-  m.def("residual_srelu", [](const std::string& dtype, std::array<int64_t, 3> extent, py::array shortcut, py::array branch,
-                             py::array bias, const std::string& bias_dtype, std::optional<py::array> scale,
-                             const std::string& scale_dtype, py::array y) {
-    check(cuda::residual_srelu_forward({dtype_of(dtype), extent_of(extent), shortcut.data(), branch.data(), parameter(bias, bias_dtype),
-                                        scale ? parameter(*scale, scale_dtype) : Parameter{}, y.mutable_data()}, nullptr));
+  m.def("residual_srelu", [](Name dtype, Sizes extent, py::array shortcut, py::array branch, py::array bias,
+                             Name bias_dtype, std::optional<py::array> scale, Name scale_dtype, py::array y) {
+    const Parameter s = scale ? parameter(*scale, scale_dtype) : Parameter{};
+    check(cuda::residual_srelu_forward({dtype_of(dtype), extent_of(extent), shortcut.data(), branch.data(),
+                                        parameter(bias, bias_dtype), s, y.mutable_data()},
+                                       nullptr));
   });
-  m.def("residual_srelu_backward", [](const std::string& dtype, std::array<int64_t, 3> extent, py::array grad_output, py::array output,
-                                      py::array branch, py::array bias, const std::string& bias_dtype, py::array scale,
-                                      const std::string& scale_dtype, py::array grad_shortcut, py::array grad_branch,
+  m.def("residual_srelu_backward", [](Name dtype, Sizes extent, py::array grad_output, py::array output,
+                                      py::array branch, py::array bias, Name bias_dtype, py::array scale,
+                                      Name scale_dtype, py::array grad_shortcut, py::array grad_branch,
                                       py::array grad_bias, py::array grad_scale) {
-    const ResidualSReLUBackwardArgs args{dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(), branch.data(),
-                                         parameter(bias, bias_dtype), parameter(scale, scale_dtype), grad_shortcut.mutable_data(),
-                                         grad_branch.mutable_data(), grad_bias.mutable_data(), grad_scale.mutable_data()};
+    const ResidualSReLUBackwardArgs args{
+        dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(), branch.data(),
+        parameter(bias, bias_dtype), parameter(scale, scale_dtype), grad_shortcut.mutable_data(),
+        grad_branch.mutable_data(), grad_bias.mutable_data(), grad_scale.mutable_data()};
     const int64_t bytes = cuda::residual_srelu_backward_workspace(args);
     const Workspace partials = workspace(bytes);
     check(cuda::residual_srelu_backward(args, partials.get(), nullptr));
