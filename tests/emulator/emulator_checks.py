@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-ORDERS = (0, 1, 2, 3, 4)
+ORDERS = (0, 1, 2, 3)
 NUMPY = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
 
 # (outer, channels, inner): what becomes of each is written beside it, for 16-byte accesses.

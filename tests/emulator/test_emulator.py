@@ -18,7 +18,7 @@ def emulator(emulator_build: pathlib.Path) -> ModuleType:
 
 @pytest.mark.parametrize("extent", checks.EXTENTS, ids=str)
 def test_launchers(emulator: ModuleType, extent: tuple) -> None:
-    """Against numpy in five orders of threads, with the bytes of every launch counted; see emulator_checks.check."""
+    """Against numpy in four orders of threads, with the bytes of every launch counted; see emulator_checks.check."""
     mine = [case for case in checks.cases() if case[0] == extent]
     assert len(mine) >= len(checks.DTYPES)
     for case in mine:
