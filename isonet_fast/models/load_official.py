@@ -17,8 +17,9 @@ _PREFIX = "module."  # of its DataParallel wrapper
 def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the weights of an official checkpoint file into `model`, in place; returns `model`.
 
-    The file holds the weights under "net", each name with the prefix "module."; optimizer and accuracies beside
-    them are left alone. It is read with weights_only=True: a pickle that would run code is refused and runs nothing.
+    The file holds the weights under "net" (or nothing else), each name with the prefix "module."; optimizer and
+    accuracies beside them are left alone. It is read with weights_only=True: a pickle that would run code is refused
+    and runs nothing.
 
     Raises ValueError for a file that is refused, damaged or no official checkpoint, and where its names or shapes
     are not the model's; the message names what was found. The model is unchanged then.
@@ -48,8 +49,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
 
 
 def official_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights of an official checkpoint, names without the prefix; ValueError if it is none."""
+    """The weights of an official checkpoint, names without the prefix; ValueError if it is none.
+
+    As the official evaluation does, this takes the weights alone, not under "net", too.
+    """
     where = os.fspath(path)
+    if isinstance(contents, Mapping) and contents and all(str(name).startswith(_PREFIX) for name in contents):
+        contents = {"net": contents}
     if not isinstance(contents, Mapping) or "net" not in contents:
         found = _keys(contents) if isinstance(contents, Mapping) else f"a {type(contents).__name__}"
         raise ValueError(f'{where} is no official checkpoint: expected a dict with the key "net", found {found}')

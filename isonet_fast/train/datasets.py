@@ -113,7 +113,7 @@ class ImageFolder:
         try:
             import PIL.Image  # noqa: F401
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("images are read with Pillow: pip install pillow") from error
+            raise ModuleNotFoundError("images are read with Pillow: pip install 'isonet_fast[vision]'") from error
         if not directory.is_dir():
             raise FileNotFoundError(f"{directory} is no directory; an imagefolder holds train/CLASS/ and val/CLASS/")
         self.size = size

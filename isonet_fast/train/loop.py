@@ -47,6 +47,7 @@ class Run:
     def __init__(self, config: Config, directory: Path, state: dict[str, Any] | None = None) -> None:
         self.config, self.directory = config, directory
         self.device = choose_device(config.device)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.manual_seed(config.seed)
         self.source = open_source(config.data, config.seed)
         self.model = build_model(config.model, self.source.num_classes, self.source.channels).to(self.device)

@@ -11,6 +11,7 @@ from torch import nn
 
 import isonet_fast
 from isonet_fast import models, reference
+from isonet_fast.models.blocks import BottleneckBranch, stage
 
 
 @pytest.fixture(scope="module", params=["isonet18", "risonet50"])
@@ -121,8 +122,9 @@ def test_gradients_at_zero_scale() -> None:
     assert grads[0]["s1.b1.f.b.weight"].abs().max() == 0 < grads[0]["s1.b1.f.shared_scalar.scale"].abs().item()
 
 
-def test_channels_last(small: nn.Module, device: torch.device) -> None:
+def test_channels_last(small: nn.Module, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same logits as contiguous; no layer falls back to NCHW on the way."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the two formats would round differently
     small = copy.deepcopy(small).to(device).eval()
     x = torch.randn(2, 3, 32, 40, device=device)
     expected = small(x)
@@ -172,8 +174,6 @@ def test_folded_weight_is_formed_in_float32() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_compiles_without_graph_breaks(residual: bool) -> None:
     """One bottleneck stage with a stride: every kind of block that the networks are made of."""
-    from isonet_fast.models.blocks import BottleneckBranch, stage
-
     torch.manual_seed(0)
     model = generic(stage(BottleneckBranch, 16, 32, 2, 2, residual))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -186,6 +186,24 @@ def test_compiles_without_graph_breaks(residual: bool) -> None:
         grads.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_one_activation_per_convolution_is_kept(residual: bool, device: torch.device) -> None:
+    """For the backward: the input and each SReLU's output, in the convolution's own storage. No branch, no sum."""
+    model = stage(BottleneckBranch, 16, 16, 1, 2, residual).to(device)
+    x = torch.randn(3, 16, 8, 8, device=device, requires_grad=True)
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[:1] == (3,):
+            kept[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    out.sum().backward()
+    assert sorted(kept.values()) == sorted([(3, 16, 8, 8)] * 3 + [(3, 4, 8, 8)] * 4)
 
 
 def test_whole_network_traces_into_one_graph() -> None:

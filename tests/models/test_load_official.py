@@ -39,6 +39,12 @@ def test_a_whole_snapshot(model: nn.Module, tmp_path: Path, new_format: bool) ->
         assert torch.equal(value, weights[f"module.{name}"])
 
 
+def test_the_weights_alone(model: nn.Module, tmp_path: Path) -> None:
+    weights = net()
+    load_official(model, saved(tmp_path / "weights.pt", weights))
+    assert all(torch.equal(value, weights[f"module.{name}"]) for name, value in model.state_dict().items())
+
+
 class Malicious:
     def __reduce__(self) -> tuple:
         return os.mkdir, (Malicious.target,)
