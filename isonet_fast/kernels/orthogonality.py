@@ -129,7 +129,7 @@ def accumulate_grad_(
     with _on(tables.device) as stream:
         loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
         if all(g.dtype == torch.float32 for g in grads):
-            _grad(tables, saved, tables.view("add", grads).on(stream), coefficients, stream, scale=scale)
+            _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=scale)
         else:  # half precision: formed in float32, added with one rounding
             layout = tables.flat(weights)
             factor = torch.full((), scale, device=tables.device)
@@ -164,7 +164,7 @@ def _forward(
     loss = torch.empty((), device=device)
     if len(plan.pack_tiles):
         _pack_kernel[(len(plan.pack_tiles),)](
-            hi, lo, tables.pack.on(stream), tables.view("read", weights).on(stream),
+            hi, lo, tables.pack.on(stream), tables.view("read", weights, stream),
             **planning.pack_options(plan.variant),
         )  # fmt: skip
     for tile, table in tables.gram.items():
