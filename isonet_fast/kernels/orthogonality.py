@@ -110,9 +110,7 @@ def backward(
     tables = _prepare(weights, layers, precision, offsets)
     layout = tables.flat(weights)
     with _on(tables.device) as stream:
-        flat = _grad_to_flat(tables, layout, saved, coefficients, grad_output, stream)
-        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in layout.regions}}
-    return [typed[p.dtype].as_strided(p.shape, p.strides, p.at_in_region) for p in layout.places]
+        return layout.typed_views(_grad_to_flat(tables, layout, saved, coefficients, grad_output, stream))
 
 
 def accumulate_grad_(
@@ -134,8 +132,8 @@ def accumulate_grad_(
             layout = tables.flat(weights)
             factor = torch.full((), scale, device=tables.device)
             flat = _grad_to_flat(tables, layout, saved, coefficients, factor, stream)
-            for grad, place in zip(grads, layout.places, strict=True):
-                grad.add_(flat.as_strided(place.shape, place.strides, place.at))
+            for grad, addend in zip(grads, layout.views(flat), strict=True):
+                grad.add_(addend)
     return loss, losses
 
 

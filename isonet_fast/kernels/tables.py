@@ -84,6 +84,17 @@ class Flat(NamedTuple):
     regions: list[tuple[torch.dtype, int, int]]
     table: Table
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Every gradient in the float32 buffer."""
+        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
+
+    def typed_views(self, flat: Tensor) -> list[Tensor]:
+        """Every gradient in its own dtype."""
+        if not self.regions:
+            return self.views(flat)
+        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in self.regions}}
+        return [typed[dtype].as_strided(shape, strides, at) for dtype, shape, strides, _, at in self.places]
+
 
 class Tables:
     """Everything of one plan that lives on one device."""

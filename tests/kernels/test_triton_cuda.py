@@ -12,8 +12,8 @@ ARGUMENTS = LAYERS, (1.0, 0.5), None, shard(LAYERS, 0, 1)
 
 
 @pytest.fixture
-def weights():
-    if not torch.cuda.is_available():
+def weights(device):
+    if device.type != "cuda":
         pytest.skip("no GPU")
     if kernels.unavailable(torch.device("cuda")):
         pytest.skip(kernels.unavailable(torch.device("cuda")))
