@@ -9,6 +9,7 @@ planes and residuals belong to the call. A CUDA graph can capture a call once a 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,15 +29,10 @@ from .tables import Flat, Tables
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
 
+@functools.lru_cache(maxsize=64)
 def plan(layers: tuple[Layer, ...], precision: str | None, offsets: Offsets, variant: str = "tma") -> Plan:
     """The plan of these layers, made once; `Plan.summary()` says what each layer costs."""
-    key = layers, offsets, precision, variant
-    if key not in _plans:
-        _plans[key] = Plan(layers, offsets, precision, variant)
-    return _plans[key]
-
-
-_plans: dict[tuple, Plan] = {}
+    return Plan(layers, offsets, precision, variant)
 
 
 class _Prepared:
@@ -59,6 +55,8 @@ def _prepare(weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: st
         return found.tables
     key = layers, offsets, precision, device
     if key not in _tables:
+        if len(_tables) >= 64:  # the oldest; what a CUDA graph reads is kept elsewhere
+            _tables.pop(next(iter(_tables)))
         _tables[key] = Tables(plan(layers, precision, offsets, variant(device, precision)), device)
     if len(_prepared) >= 64:  # callers that build their tuples anew
         _prepared.clear()
@@ -174,7 +172,7 @@ def _forward(
     _finish_kernel[(1,)](
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
         tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
-        **planning.finish_options(len(weights)),
+        **planning.FINISH_OPTIONS,
     )  # fmt: skip
     return loss, losses, [hi, residual] if save else []
 

@@ -125,6 +125,9 @@ def test_probe_checks_the_numbers(device, monkeypatch):
     from isonet_fast.kernels import orthogonality
 
     assert kernels._launch(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with torch._subclasses.FakeTensorMode():  # torch.compile asks before anything has run
+        assert kernels._probe(device) is None
     forward = orthogonality.forward
     monkeypatch.setattr(orthogonality, "forward", lambda *a: (forward(*a)[0] + 1, *forward(*a)[1:]))
     assert "is right" in kernels._launch(device)
