@@ -34,10 +34,11 @@ class Table:
             )
         host = torch.from_numpy(array)
         if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             self.tensor = host.pin_memory().to(device, non_blocking=True)
-            self.streams = {torch.cuda.current_stream(device).cuda_stream}  # where it may be read
+            self.streams = {stream.cuda_stream}  # where it may be read
             self.sent = torch.cuda.Event()
-            self.sent.record()
+            self.sent.record(stream)
         else:
             self.tensor = host.clone()
 
