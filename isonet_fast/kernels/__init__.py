@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..geometry import Layer, shard
 
@@ -28,7 +29,8 @@ def _probe(device: torch.device) -> str | None:
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     try:
-        return _launch(device)
+        with _disable_current_modes(), torch.no_grad():  # the question may come while shapes are traced
+            return _launch(device)
     except Exception as error:  # no compiler, an unwritable cache, a missing library, no memory: all end here
         lines = str(error).strip().splitlines() or [""]
         return f"Triton can't run here: {type(error).__name__}: {lines[0][:200]}"

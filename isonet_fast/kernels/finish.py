@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layers", "longest"])
 def _finish_kernel(
     loss,  # float32: sum of coefficient * penalty
     losses,  # float32 (layers,)

@@ -9,6 +9,7 @@ planes and residuals belong to the call. A CUDA graph can capture a call once a 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,15 +29,10 @@ from .tables import Flat, Tables
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
 
+@functools.lru_cache(maxsize=64)
 def plan(layers: tuple[Layer, ...], precision: str | None, offsets: Offsets, variant: str = "tma") -> Plan:
     """The plan of these layers, made once; `Plan.summary()` says what each layer costs."""
-    key = layers, offsets, precision, variant
-    if key not in _plans:
-        _plans[key] = Plan(layers, offsets, precision, variant)
-    return _plans[key]
-
-
-_plans: dict[tuple, Plan] = {}
+    return Plan(layers, offsets, precision, variant)
 
 
 class _Prepared:
@@ -59,6 +55,8 @@ def _prepare(weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: st
         return found.tables
     key = layers, offsets, precision, device
     if key not in _tables:
+        if len(_tables) >= 64:  # the oldest; what a CUDA graph reads is kept elsewhere
+            _tables.pop(next(iter(_tables)))
         _tables[key] = Tables(plan(layers, precision, offsets, variant(device, precision)), device)
     if len(_prepared) >= 64:  # callers that build their tuples anew
         _prepared.clear()
@@ -110,9 +108,7 @@ def backward(
     tables = _prepare(weights, layers, precision, offsets)
     layout = tables.flat(weights)
     with _on(tables.device) as stream:
-        flat = _grad_to_flat(tables, layout, saved, coefficients, grad_output, stream)
-        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in layout.regions}}
-    return [typed[p.dtype].as_strided(p.shape, p.strides, p.at_in_region) for p in layout.places]
+        return layout.typed_views(_grad_to_flat(tables, layout, saved, coefficients, grad_output, stream))
 
 
 def accumulate_grad_(
@@ -129,13 +125,13 @@ def accumulate_grad_(
     with _on(tables.device) as stream:
         loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
         if all(g.dtype == torch.float32 for g in grads):
-            _grad(tables, saved, tables.view("add", grads).on(stream), coefficients, stream, scale=scale)
+            _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=scale)
         else:  # half precision: formed in float32, added with one rounding
             layout = tables.flat(weights)
             factor = torch.full((), scale, device=tables.device)
             flat = _grad_to_flat(tables, layout, saved, coefficients, factor, stream)
-            for grad, place in zip(grads, layout.places, strict=True):
-                grad.add_(flat.as_strided(place.shape, place.strides, place.at))
+            for grad, addend in zip(grads, layout.views(flat), strict=True):
+                grad.add_(addend)
     return loss, losses
 
 
@@ -164,7 +160,7 @@ def _forward(
     loss = torch.empty((), device=device)
     if len(plan.pack_tiles):
         _pack_kernel[(len(plan.pack_tiles),)](
-            hi, lo, tables.pack.on(stream), tables.view("read", weights).on(stream),
+            hi, lo, tables.pack.on(stream), tables.view("read", weights, stream),
             **planning.pack_options(plan.variant),
         )  # fmt: skip
     for tile, table in tables.gram.items():
@@ -176,7 +172,7 @@ def _forward(
     _finish_kernel[(1,)](
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
         tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
-        **planning.finish_options(len(weights)),
+        **planning.FINISH_OPTIONS,
     )  # fmt: skip
     return loss, losses, [hi, residual] if save else []
 

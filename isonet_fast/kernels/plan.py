@@ -107,8 +107,7 @@ def grad_options(variant: Variant, tile: GradTile, accumulate: bool) -> dict[str
     return sizes | {"IEEE": variant.products == 1, "TMA": variant.tma, "ACCUMULATE": accumulate}
 
 
-def finish_options(layers: int) -> dict[str, Any]:
-    return {"LAYERS": min(128, 1 << (layers - 1).bit_length()), "PARTIALS": 32, "num_warps": 8}
+FINISH_OPTIONS = {"LAYERS": 128, "PARTIALS": 32, "num_warps": 8}
 
 
 def _ceil(value: int, step: int) -> int:

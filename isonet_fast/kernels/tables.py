@@ -29,31 +29,33 @@ class Table:
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         if capturing(device):
             raise RuntimeError(
-                "the orthogonality penalty met new weights while a CUDA graph was captured; call it once with the "
+                "the orthogonality penalty met something new while a CUDA graph was captured; call it once with the "
                 "same weights, coefficients and precision before the capture"
             )
         host = torch.from_numpy(array)
-        self.stream = 0
         if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
             self.tensor = host.pin_memory().to(device, non_blocking=True)
-            self.stream = torch.cuda.current_stream(device).cuda_stream
+            self.streams = {stream.cuda_stream}  # where it may be read
             self.sent = torch.cuda.Event()
-            self.sent.record()
+            self.sent.record(stream)
         else:
             self.tensor = host.clone()
 
     def on(self, stream: torch.cuda.Stream | None) -> Tensor:
         """The tensor, once kernels launched on this stream may read it."""
-        if stream is not None and stream.cuda_stream != self.stream:
-            if torch.cuda.is_current_stream_capturing():
-                _captured.append(self.tensor)  # a graph may be replayed for ever; what precedes it has completed
-            else:
-                stream.wait_event(self.sent)
-                self.tensor.record_stream(stream)
+        if stream is None:
+            return self.tensor
+        if torch.cuda.is_current_stream_capturing():
+            _captured[id(self)] = self  # a graph may be replayed for ever; what came before the capture has completed
+        elif stream.cuda_stream not in self.streams:
+            stream.wait_event(self.sent)
+            self.tensor.record_stream(stream)
+            self.streams.add(stream.cuda_stream)
         return self.tensor
 
 
-_captured: list[Tensor] = []  # tables that a CUDA graph reads
+_captured: dict[int, Table] = {}  # tables that a CUDA graph reads
 
 
 class View(NamedTuple):
@@ -83,6 +85,17 @@ class Flat(NamedTuple):
     regions: list[tuple[torch.dtype, int, int]]
     table: Table
 
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Every gradient in the float32 buffer."""
+        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
+
+    def typed_views(self, flat: Tensor) -> list[Tensor]:
+        """Every gradient in its own dtype."""
+        if not self.regions:
+            return self.views(flat)
+        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in self.regions}}
+        return [typed[dtype].as_strided(shape, strides, at) for dtype, shape, strides, _, at in self.places]
+
 
 class Tables:
     """Everything of one plan that lives on one device."""
@@ -105,17 +118,28 @@ class Tables:
             self._coefficients = values, Table(np.array(values, np.float64), self.device)
         return self._coefficients[1]
 
-    def view(self, role: str, tensors: Sequence[Tensor]) -> Table:
+    def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor:
         """The view of weights ("read") or of gradients ("add")."""
         addresses = [t.data_ptr() for t in tensors]
-        known = self._views.get(role)
-        if known is not None and known.addresses == addresses:
-            # an address can be given out again for another layout
-            if known.strides == [t.stride() for t in tensors] and known.dtypes == [t.dtype for t in tensors]:
-                return known.table
         strides, dtypes = [t.stride() for t in tensors], [t.dtype for t in tensors]
-        table = Table(self._rows(addresses, strides, dtypes, reading=role == "read"), self.device)
+        known = self._views.get(role)
+        if known is not None and (known.strides, known.dtypes) == (strides, dtypes):
+            if known.addresses == addresses:
+                return known.table.on(stream)
+            if capturing(self.device):
+                return self._moved(known, addresses, stream)
+        table = Table(self._rows(addresses, strides, dtypes, role == "read"), self.device)
         self._views[role] = View(addresses, strides, dtypes, table)
+        return table.on(stream)
+
+    def _moved(self, known: View, addresses: list[int], stream: torch.cuda.Stream | None) -> Tensor:
+        """A known view of other addresses, without the host's memory: a graph that is captured allocates gradients of
+        its own. The addresses become arguments of a few kernels in the graph."""
+        if any(a % 16 for a in addresses):
+            raise RuntimeError("gradients that are not aligned to 16 bytes can't be captured by a CUDA graph")
+        table = known.table.on(stream).clone()
+        column = table[:, 0].zero_()
+        torch._foreach_add_(list(column.unbind()), addresses)
         return table
 
     def flat(self, weights: Sequence[Tensor]) -> Flat:

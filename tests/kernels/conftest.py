@@ -17,14 +17,14 @@ if INTERPRETED:
 
 
 @pytest.fixture
-def device():
+def device(request):
     if INTERPRETED:
         return torch.device("cpu")
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    if not torch.cuda.is_available():
+    if request.config.getoption("--device") == "cpu":
         pytest.skip("no GPU; test_triton_interpreter.py runs these in Triton's interpreter")
-    return torch.device("cuda")
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(params=["tma", "pointer"])

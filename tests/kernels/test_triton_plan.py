@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from isonet_fast.geometry import Layer, shard
 from isonet_fast.kernels import plan as planning
@@ -54,6 +55,39 @@ def test_budget_of_published_networks(depth, residual, variant):
     if not residual:
         assert abs(useful / 1e9 - FLOOR[depth]) <= 1
     assert {101: 99, 50: 48, 34: 32, 18: 16}[depth] == len(rows) or residual
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_launches_of_a_call(depth, monkeypatch):
+    """What is launched, counted with kernels that do nothing, and what a planned call looks at: addresses only."""
+    pytest.importorskip("triton")
+    from isonet_fast.kernels import orthogonality, tables
+
+    launched = []
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((self.name, grid[0]))
+
+    for name in ("_pack_kernel", "_gram_kernel", "_finish_kernel", "_grad_kernel"):
+        monkeypatch.setattr(orthogonality, name, Counted(name))
+    layers = network(depth, True)
+    weights = [torch.empty(layer.shape) for layer in layers]
+    grads = [torch.empty(layer.shape) for layer in layers]
+    arguments = layers, (1e-4,) * len(layers), None, shard(layers, 0, 1)
+    orthogonality.accumulate_grad_(weights, grads, *arguments, 1.0)
+    assert len(launched) <= 6 and all(grid > 0 for _, grid in launched)
+    launched.clear()
+    _, _, saved = orthogonality.forward(weights, *arguments, True)
+    views = orthogonality.backward(torch.ones(()), saved, weights, *arguments)
+    assert len(launched) <= 6
+    assert len({view.untyped_storage().data_ptr() for view in views}) == 1
+    monkeypatch.setattr(tables.Tables, "_rows", None)  # nothing is sent again
+    orthogonality.accumulate_grad_(weights, grads, *arguments, 1.0)
+    orthogonality.backward(torch.ones(()), saved, weights, *arguments)
 
 
 def walk_gram(plan):

@@ -1,0 +1,192 @@
+"""How exact each way of computing the penalty is: `python -m benchmarks.accuracy [--quick]`.
+
+Relative error against float64 of the loss and of the gradient, for kernels at a distance of 1e-3 from an orthogonal
+one, where G - I is a small difference of large numbers. The rows named isonet_fast run the Triton kernels (on the GPU,
+or in Triton's interpreter); "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor
+cores would give at best. Rows go to benchmarks/results/accuracy.csv, the figure to docs/accuracy.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import ROOT
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
+    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+    import triton_interpreter
+
+    triton_interpreter.repair()
+
+from isonet_fast import reference
+from isonet_fast.geometry import Layer, shard
+from isonet_fast.kernels import orthogonality
+
+from . import rows
+
+DISTANCE = 1e-3
+LABELS = {  # provider: how the gram and then the gradient's product are computed
+    "tf32": "TF32, TF32 (the official code under cuDNN)",
+    "bf16": "bf16, bf16",
+    "bf16x3": "bf16x3, bf16x3",
+    "isonet_fast": "isonet_fast: bf16x3, bf16",
+    "isonet_fast highest": 'isonet_fast, precision="highest": float32',
+}
+Rounding = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def tf32(x: Tensor) -> tuple[Tensor, ...]:
+    bits = x.float().view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return (rounded.view(torch.float32).double(),)
+
+
+def bf16(x: Tensor) -> tuple[Tensor, ...]:
+    return (x.bfloat16().double(),)
+
+
+def bf16x3(x: Tensor) -> tuple[Tensor, ...]:
+    hi = x.bfloat16().double()
+    return hi, (x - hi).bfloat16().double()
+
+
+ROUNDINGS: dict[str, Rounding] = {"tf32": tf32, "bf16": bf16, "bf16x3": bf16x3}
+
+
+def product(a: Tensor, b: Tensor, rounding: Rounding) -> Tensor:
+    """a @ b of rounded operands, exactly; of two planes each, without lo * lo."""
+    left, right = rounding(a), rounding(b)
+    return sum(left[i] @ right[j] for i in range(len(left)) for j in range(len(right)) if i + j < 2)  # type: ignore
+
+
+def emulated(weight: Tensor, layer: Layer, rounding: Rounding) -> tuple[float, Tensor]:
+    """Loss and gradient with every product rounded."""
+    taps = weight.double().flatten(2).unbind(2)  # layers here have as many outputs as inputs
+    names = [tuple(map(int, u)) for u in torch.cartesian_prod(*map(torch.arange, layer.kernel)).tolist()]
+    grads = [torch.zeros_like(tap) for tap in taps]
+    loss = 0.0
+    for t in layer.offsets:
+        pairs = [(i, names.index(v)) for i, u in enumerate(names) if (v := (u[0] + t[0], u[1] + t[1])) in names]
+        gram = product(torch.cat([taps[i] for i, _ in pairs], 1), torch.cat([taps[j] for _, j in pairs], 1).T, rounding)
+        residual = gram - (0 if any(t) else torch.eye(len(gram), dtype=gram.dtype))
+        loss += (1 if any(t) else 0.5) * residual.square().sum().item()
+        for i, j in pairs:
+            grads[i] += 2 * product(residual, taps[j], rounding)
+            if any(t):
+                grads[j] += 2 * product(residual.T, taps[i], rounding)
+    return loss, torch.stack(grads, 2).view(weight.shape)
+
+
+def kernels(weight: Tensor, layer: Layer, precision: str | None) -> tuple[float, Tensor]:
+    arguments = (layer,), (1.0,), precision, shard((layer,), 0, 1)
+    loss, _, saved = orthogonality.forward([weight], *arguments, True)
+    one = torch.ones((), device=weight.device)
+    return loss.item(), orthogonality.backward(one, saved, [weight], *arguments)[0]
+
+
+def near_orthogonal(channels: int, kernel: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.zeros(channels, channels, kernel, kernel)
+    torch.nn.init.orthogonal_(weight[:, :, kernel // 2, kernel // 2], generator=generator)
+    noise = torch.randn(weight.shape, generator=generator)
+    return weight + DISTANCE * noise * (weight.norm() / noise.norm())
+
+
+def measure(channels: int, kernel: int, seeds: int, device: torch.device) -> dict[str, tuple[float, float]]:
+    """Median over the seeds of each provider's relative errors of (loss, gradient)."""
+    layer = Layer((channels, channels, kernel, kernel), (1, 1), (1, 1), 1, "isonet")
+    errors: dict[str, list[tuple[float, float]]] = {provider: [] for provider in LABELS}
+    for seed in range(seeds):
+        weight = near_orthogonal(channels, kernel, seed)
+        exact = weight.double().requires_grad_()
+        wanted = reference.orthogonality_loss(exact)
+        (gradient,) = torch.autograd.grad(wanted, exact)
+        for provider in LABELS:
+            if provider in ROUNDINGS:
+                loss, grad = emulated(weight, layer, ROUNDINGS[provider])
+            else:
+                precision = "highest" if provider.endswith("highest") else None
+                loss, grad = kernels(weight.to(device), layer, precision)
+            error = (grad.cpu().double() - gradient).norm() / gradient.norm()
+            errors[provider].append((abs(loss - wanted.item()) / wanted.item(), error.item()))
+    return {p: (statistics.median(e[0] for e in es), statistics.median(e[1] for e in es)) for p, es in errors.items()}
+
+
+def record(results: dict[tuple[int, int], dict[str, tuple[float, float]]], device: torch.device) -> None:
+    now = rows.utc()
+    how = {"cuda": "kernels on the GPU", "cpu": "kernels in Triton's interpreter"}[device.type]
+    table = [
+        dict.fromkeys(rows.COLUMNS, "")
+        | rows.machine(device.type)
+        | {
+            "op": "orthogonality_accuracy",
+            "provider": provider,
+            "mode": mode,
+            "case": f"{channels} channels, {kernel}x{kernel}",
+            "dtype": "float32",
+            "layout": how if provider.startswith("isonet_fast") else "emulated",
+            "error": f"{error:.3e}",
+            "utc": now,
+        }
+        for (channels, kernel), providers in results.items()
+        for provider, pair in providers.items()
+        for mode, error in zip(("loss", "gradient"), pair, strict=True)
+    ]
+    rows.append(rows.RESULTS / "accuracy.csv", table)
+
+
+def draw(results: dict[tuple[int, int], dict[str, tuple[float, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for n, axis in enumerate(axes):
+        for index, (provider, label) in enumerate(LABELS.items()):
+            for kernel, style in ((1, "o-"), (3, "s--")):
+                at = sorted(c for c, k in results if k == kernel)
+                values = [results[c, kernel][provider][n] for c in at]
+                axis.plot(at, values, style, color=f"C{index}", label=label if kernel == 1 else None)
+        axis.set(xscale="log", yscale="log", xlabel="channels (solid: 1x1, dashed: 3x3)")
+        axis.set(title=("loss", "gradient")[n] + ": relative error against float64")
+        axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, title="gram, gradient product", title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "accuracy.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, one seed; draws and records nothing")
+    quick = parser.parse_args().quick
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        warnings.simplefilter("ignore", RuntimeWarning)  # padding that is never used may hold anything
+    sizes = [(64, 1), (128, 1), (64, 3)] if quick else [(64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3)]
+    if device.type == "cuda" and not quick:
+        sizes += [(256, 3), (512, 3)]
+    results = {}
+    for channels, kernel in sizes:
+        results[channels, kernel] = measure(channels, kernel, 1 if quick else 5, device)
+        for provider, (loss, gradient) in results[channels, kernel].items():
+            print(f"{channels:4} {kernel}x{kernel} {provider:20} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
+    if not quick:
+        (ROOT / "docs").mkdir(exist_ok=True)
+        record(results, device)
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()

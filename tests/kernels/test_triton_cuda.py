@@ -1,0 +1,148 @@
+"""What only a GPU can show: streams, CUDA graphs, no synchronisation, and the probe. The rest of this directory's
+tests run there too."""
+
+import pytest
+import torch
+
+from isonet_fast import kernels
+from isonet_fast.geometry import Layer, shard
+
+LAYERS = (Layer((64, 64, 3, 3), (1, 1), (1, 1), 1, "isonet"), Layer((256, 128, 1, 1), (1, 1), (1, 1), 1, "isonet"))
+ARGUMENTS = LAYERS, (1.0, 0.5), None, shard(LAYERS, 0, 1)
+
+
+@pytest.fixture
+def weights(device):
+    if device.type != "cuda":
+        pytest.skip("no GPU")
+    if kernels.unavailable(torch.device("cuda")):
+        pytest.skip(kernels.unavailable(torch.device("cuda")))
+    torch.manual_seed(0)
+    return [torch.randn(layer.shape, device="cuda") / 30 for layer in LAYERS]
+
+
+def gradient(weights):
+    from isonet_fast.kernels import orthogonality
+
+    loss, losses, saved = orthogonality.forward(weights, *ARGUMENTS, True)
+    return loss, losses, *orthogonality.backward(torch.ones((), device="cuda"), saved, weights, *ARGUMENTS)
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_no_synchronisation(weights):
+    gradient(weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradient(weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_side_stream(weights):
+    """The tables were sent on another stream, and what is read here is written on this one."""
+    from isonet_fast.kernels import orthogonality
+
+    expected = gradient(weights)
+    torch.cuda.synchronize()
+    for cache in (orthogonality._tables, orthogonality._prepared):
+        cache.clear()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            results.append(gradient(weights))
+    torch.cuda.synchronize()
+    assert all(same(result, expected) for result in results)
+
+
+def test_graph_capture_follows_new_values(weights):
+    gradient(weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradient(weights)
+    for _ in range(2):
+        with torch.no_grad():
+            for w in weights:
+                w.mul_(1.25)
+        graph.replay()
+        assert same(captured, gradient(weights))
+
+
+def test_graph_capture_of_gradients_that_the_graph_allocates(weights):
+    from isonet_fast.kernels import orthogonality
+
+    def step():
+        grads = [torch.ones_like(w) for w in weights]
+        return (*orthogonality.accumulate_grad_(weights, grads, *ARGUMENTS, 0.5), *grads)
+
+    expected = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    filler = [torch.empty(2**20, device="cuda").normal_() for _ in range(8)]
+    graph.replay()
+    assert same(captured, expected) and len(filler) == 8
+
+
+def test_capture_without_a_first_call_says_what_to_do(weights):
+    from isonet_fast.kernels import orthogonality
+
+    for cache in (orthogonality._tables, orthogonality._prepared):
+        cache.clear()
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        gradient(weights)
+
+
+def test_reasons_are_given_without_a_gpu(monkeypatch):
+    assert "need a CUDA device" in kernels.unavailable(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "_reasons", {})
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert "compute capability 8.0" in kernels.unavailable(device)
+    assert "7.5" in kernels.unavailable(device)  # cached
+    monkeypatch.setattr(kernels, "_reasons", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def broken(_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(kernels, "_launch", broken)
+    assert kernels.unavailable(device).endswith(
+        "Failed to find C compiler. Please specify via CC environment variable."
+    )
+    monkeypatch.setattr(kernels, "_reasons", {})
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in kernels.unavailable(device)
+
+
+def test_probe_checks_the_numbers(device, monkeypatch):
+    """Where kernels run, in the interpreter too: the probe computes what it expects, and notices what it does not."""
+    from isonet_fast.kernels import orthogonality
+
+    assert kernels._launch(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with torch._subclasses.FakeTensorMode():  # torch.compile asks before anything has run
+        assert kernels._probe(device) is None
+    forward = orthogonality.forward
+    monkeypatch.setattr(orthogonality, "forward", lambda *a: (forward(*a)[0] + 1, *forward(*a)[1:]))
+    assert "is right" in kernels._launch(device)
+
+
+def test_addresses_in_a_capture(device, monkeypatch):
+    """The view that a capture builds from its arguments equals the one sent from the host."""
+    from isonet_fast.kernels import orthogonality, tables
+
+    layers, _, precision, offsets = ARGUMENTS
+    mine = tables.Tables(orthogonality.plan(layers, precision, offsets, "tma"), device)
+    first, second = ([torch.empty(layer.shape, device=device) for layer in layers] for _ in range(2))
+    before = mine.view("add", first, None).clone()
+    monkeypatch.setattr(tables, "capturing", lambda _: True)
+    patched = mine.view("add", second, None)
+    assert torch.equal(mine.view("add", first, None), before)
+    monkeypatch.undo()
+    assert torch.equal(patched, mine.view("add", second, None)) and not torch.equal(patched, before)
