@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     networks = ["cifar8"] if session.dry else ["cifar32", *NETWORKS]
     if session.quick and not session.dry:
         networks = ["isonet34", "isonet50", "isonet18", "isonet101"] if session.cuda else ["cifar32", "isonet18"]
-    whole = [*MODES, *(["loss+gradient graph", "loss+gradient host"] if session.cuda or session.dry else [])]
+    whole = [*MODES, *(["loss+gradient graph", "loss+gradient host"] if session.cuda else [])]
     cases = []
     for name in networks:
         if not session.late(name):
@@ -210,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> Session:
             for mode in reversed(whole):  # the one with a target first
                 case.compare(mode)
             cases.append(case)
-    run_layers(session, ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS)
-    if session.cuda or session.dry or not session.quick:
+    run_layers(session, ["cifar8"] if session.dry else NETWORKS if session.cuda or not session.quick else ["cifar32"])
+    if session.cuda or not session.quick:
         for case in cases:  # last: compilation takes minutes
             if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
                 case.compare("loss+gradient graph", compile=True)

@@ -57,7 +57,7 @@ class Benchmark:
 
     def __init__(self, session: Session, case: Case, repo: providers.OfficialRepo | None) -> None:
         self.session, self.case = session, case
-        self.half = session.cuda or session.dry
+        self.half = session.cuda
         self.layout = torch.channels_last if session.cuda else torch.contiguous_format
         self.model = providers.perturb(providers.build(case.network)).to(session.device, memory_format=self.layout)
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
             if args.profile:
                 for provider in ("official", "isonet_fast"):
                     benchmark.profile(provider)
-    if session.cuda or session.dry or not session.quick:
+    if session.cuda or not session.quick:
         for case in main_cases:
             if not session.late(f"{case} compiled", needed=60.0 if session.cuda else 0.0):
                 Benchmark(session, case, None).compare(*COMPILED)

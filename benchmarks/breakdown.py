@@ -109,7 +109,8 @@ def tally(events: Any, cuda: bool) -> dict[str, float]:
 
 def profile(session: Session, case: object, provider: str, step: Step, run: Callable[[], Any]) -> None:
     """Write a trace to runs/profile/ and a row for each category."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if session.cuda else [])]
+    cuda = session.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with ranges(step):
         run()
         session.clock.synchronize()
@@ -120,7 +121,7 @@ def profile(session: Session, case: object, provider: str, step: Step, run: Call
     path = folder / f"{case}-{provider}.json".replace(" ", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(path))
-    times = tally(recorded.events(), session.cuda)
+    times = tally(recorded.events(), cuda)
     stamp = {**rows.machine(session.device.type), "utc": rows.utc()}
     about = {"op": "profile", "provider": provider, "case": str(case), **stamp}
     rows.append(session.path, [{**about, "mode": name, "p50_ms": f"{ms:.6g}"} for name, ms in times.items()])

@@ -110,7 +110,7 @@ class Session:
             raise SystemExit("--device cuda: this machine has no CUDA device (or this is a dry run)")
         self.clock: Clock = CudaClock() if cuda else Clock()
         self.device = self.clock.device
-        self.cuda = cuda
+        self.cuda = cuda or self.dry  # a dry run takes the branches that are meant for a GPU, on the CPU
         if self.dry:  # the smallest shapes gain nothing from threads, and tests share the machine
             torch.set_num_threads(1)
             self.clock.sample_ms = 0.0
