@@ -20,6 +20,7 @@ from isonet_fast.models.official import official_penalty
 from isonet_fast.regularizer import official_filter
 
 from . import providers
+from .clocks import Graphed
 from .harness import Contender, Problem, Session, parser
 
 NETWORKS = ("isonet34", "isonet50", "isonet18", "isonet101")  # in the order of interest
@@ -95,20 +96,6 @@ def ours(model: nn.Module, weights: list[Tensor], gradient: bool) -> Callable[[]
     return call
 
 
-class Graphed:
-    """A call as one launch; its results are read where the capture left them."""
-
-    def __init__(self, session: Session, call: Callable[[], tuple]) -> None:
-        def keep() -> None:
-            self.results = call()
-
-        self._replay = session.clock.graph(keep)
-
-    def __call__(self) -> tuple:
-        self._replay()
-        return self.results
-
-
 class Case:
     """One network (or layer): its providers, each checked against the same truth."""
 
@@ -154,7 +141,7 @@ class Case:
             contenders = []
             for name, call in self.calls(gradient, compile).items():
                 captured = graph and not name.startswith("official")
-                made = self._contender(name, Graphed(self.session, call) if captured else call, work)
+                made = self._contender(name, Graphed(self.session.clock, call) if captured else call, work)
                 made.plain = call
                 contenders.append(made)
             dtype = torch.bfloat16 if self.session.cuda else torch.float32
