@@ -7,6 +7,7 @@ times (bf16x3), float32 on a CPU.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ from .harness import Contender, Problem, Session, parser
 
 NETWORKS = ("isonet34", "isonet50", "isonet18", "isonet101")  # in the order of interest
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # cuDNN multiplies the official code's float32 in TF32
-MODES = ("loss", "loss+gradient")
 
 
 def penalised(model: nn.Module) -> list[nn.Conv2d]:
@@ -188,27 +188,29 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
     networks = ["cifar8"] if session.dry else ["cifar32", *NETWORKS]
     if session.quick and not session.dry:
-        networks = ["isonet34", "isonet50", "isonet18", "isonet101"] if session.cuda else ["cifar32", "isonet18"]
-    whole = [*MODES, *(["loss+gradient graph", "loss+gradient host"] if session.cuda else [])]
+        networks = list(NETWORKS) if session.cuda else ["cifar32", "isonet18"]
     cases = []
+    first = "loss+gradient graph" if session.cuda else "loss+gradient"  # the mode that has a target
     for name in networks:
         if not session.late(name):
-            case = Case(session, name, providers.build(name), repo)
-            for mode in reversed(whole):  # the one with a target first
-                case.compare(mode)
-            cases.append(case)
-    run_layers(session, ["cifar8"] if session.dry else NETWORKS if session.cuda or not session.quick else ["cifar32"])
+            cases.append(Case(session, name, providers.build(name), repo))
+            cases[-1].compare(first)
     if session.cuda or not session.quick:
-        for case in cases:  # last: compilation takes minutes
+        for case in cases[: 2 if session.quick else None]:
             if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
-                case.compare("loss+gradient graph", compile=True)
+                case.compare(first, compile=True)
+    others = ["loss+gradient", "loss+gradient host", "loss"] if session.cuda else ["loss"]
+    for mode, case in itertools.product(others, cases):
+        case.compare(mode)
+    run_layers(session, first)
     return session
 
 
-def run_layers(session: Session, networks: Sequence[str]) -> None:
-    for name, module in layer_shapes(networks).items():
+def run_layers(session: Session, mode: str) -> None:
+    few = ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS
+    for name, module in layer_shapes(few).items():
         if not session.late(name):
-            Case(session, name, module).compare("loss+gradient graph" if session.cuda else "loss+gradient")
+            Case(session, name, module).compare(mode)
 
 
 if __name__ == "__main__":
