@@ -98,7 +98,8 @@ def tally(events: Any, cuda: bool) -> dict[str, float]:
         total[found] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
     if cuda:
         owned = sum(total.values())
-        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("bench:")]
+        annotations = ("bench:", "Optimizer.", "ProfilerStep")  # ranges that the profiler shows on the device too
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith(annotations)]
         by_name: dict[str, float] = defaultdict(float)
         for kernel in kernels:
             by_name[category([kernel.name])] += kernel.time_range.elapsed_us() / 1e3
