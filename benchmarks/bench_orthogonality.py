@@ -42,7 +42,7 @@ def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> flo
     for the gradient two products per offset, one at t = 0."""
     total = 0.0
     for conv in convs:
-        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")  # type: ignore[arg-type]
+        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
         for t in geometry.offsets:
             gram = geometry.gram_flops(t)
             total += gram_products * gram * (1.0 if any(t) else 0.5)
@@ -52,7 +52,8 @@ def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> flo
 
 def truth(convs: Sequence[nn.Conv2d]) -> tuple[float, list[Tensor]]:
     """The penalty and its gradients in float64, one layer at a time."""
-    total, grads = 0.0, []
+    total = 0.0
+    grads: list[Tensor] = []
     for conv in convs:
         weight = conv.weight.detach().double().requires_grad_()
         loss = reference.orthogonality_loss(weight, stride=conv.stride)
@@ -177,7 +178,7 @@ def layer_shapes(networks: Sequence[str]) -> dict[str, nn.Module]:
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         name = f"{kernel}x{kernel} {conv.in_channels}->{conv.out_channels} s{stride}"
         if name not in found:
-            own = OrthoConv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, bias=False)  # type: ignore[arg-type]
+            own = OrthoConv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, bias=False)
             found[name] = nn.Sequential(own)
     return found
 

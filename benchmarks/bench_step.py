@@ -19,11 +19,9 @@ from isonet_fast.models.official import bare, official, official_penalty
 from . import providers
 from .breakdown import profile
 from .harness import Contender, Problem, Session, dtype_name, parser
-from .step import Step, deviation, flops, torchvision_resnet, truth
+from .step import CHECKED, TOLERANCE, Step, deviation, flops, torchvision_resnet, truth
 
-TOLERANCE = {False: 1e-3, True: 0.1}  # bfloat16 through fifty layers
 SECONDS = {"cpu": 15.0, "cuda": 6.0}  # for the samples of a group
-CHECKED = 4  # images that float64 is run on
 
 
 class Case(NamedTuple):

@@ -51,7 +51,7 @@ class Clock:
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
             call()
-        result = profile.profiler.kineto_results  # type: ignore[union-attr]
+        result = profile.profiler.kineto_results
         memory = sorted((e.start_ns(), e.nbytes()) for e in result.events() if e.name() == "[memory]")
         return max(itertools.accumulate(nbytes for _, nbytes in memory), default=0)
 

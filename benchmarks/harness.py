@@ -173,10 +173,10 @@ class Session:
         timings = {p: Timing(*(t / ready[p][0].calls for t in timing)) for p, timing in timings.items()}
         stamp = {**rows.machine(self.device.type), "utc": rows.utc()}
         written = []
-        for provider, (contender, (checked, peak)) in ready.items():
+        for provider, (contender, (wrong, peak)) in ready.items():
             bound = next((c for c in contenders if c.provider == limit and limit in timings), None)
             rate = _share(contender, timings[provider], bound, timings[bound.provider] if bound else limit)
-            numbers = _numbers(contender, timings[provider], rate, checked, peak)
+            numbers = _numbers(contender, timings[provider], rate, wrong, peak)
             written.append({**stamp, **problem._asdict(), **numbers})
         rows.append(self.path, written)
         self._progress(problem, written)
