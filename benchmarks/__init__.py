@@ -4,12 +4,14 @@ Where the tree's isonet_fast has no compiled kernels and an installed one has, t
 """
 
 import importlib.machinery
+import os
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = time.monotonic()  # a time budget includes the seconds that importing torch takes
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler counts memory on the CPU; its start is no news
 
 
 def _prefer_compiled() -> None:

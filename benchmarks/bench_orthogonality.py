@@ -7,6 +7,7 @@ times (bf16x3), float32 on a CPU.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -20,11 +21,11 @@ from isonet_fast.models.official import official_penalty
 from isonet_fast.regularizer import official_filter
 
 from . import providers
+from .clocks import Graphed
 from .harness import Contender, Problem, Session, parser
 
 NETWORKS = ("isonet34", "isonet50", "isonet18", "isonet101")  # in the order of interest
 TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # cuDNN multiplies the official code's float32 in TF32
-MODES = ("loss", "loss+gradient")
 
 
 def penalised(model: nn.Module) -> list[nn.Conv2d]:
@@ -41,7 +42,7 @@ def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> flo
     for the gradient two products per offset, one at t = 0."""
     total = 0.0
     for conv in convs:
-        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")  # type: ignore[arg-type]
+        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
         for t in geometry.offsets:
             gram = geometry.gram_flops(t)
             total += gram_products * gram * (1.0 if any(t) else 0.5)
@@ -51,7 +52,8 @@ def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> flo
 
 def truth(convs: Sequence[nn.Conv2d]) -> tuple[float, list[Tensor]]:
     """The penalty and its gradients in float64, one layer at a time."""
-    total, grads = 0.0, []
+    total = 0.0
+    grads: list[Tensor] = []
     for conv in convs:
         weight = conv.weight.detach().double().requires_grad_()
         loss = reference.orthogonality_loss(weight, stride=conv.stride)
@@ -93,20 +95,6 @@ def ours(model: nn.Module, weights: list[Tensor], gradient: bool) -> Callable[[]
         return regularizer.accumulate_grad_(), [w.grad for w in weights if w.grad is not None]
 
     return call
-
-
-class Graphed:
-    """A call as one launch; its results are read where the capture left them."""
-
-    def __init__(self, session: Session, call: Callable[[], tuple]) -> None:
-        def keep() -> None:
-            self.results = call()
-
-        self._replay = session.clock.graph(keep)
-
-    def __call__(self) -> tuple:
-        self._replay()
-        return self.results
 
 
 class Case:
@@ -154,7 +142,7 @@ class Case:
             contenders = []
             for name, call in self.calls(gradient, compile).items():
                 captured = graph and not name.startswith("official")
-                made = self._contender(name, Graphed(self.session, call) if captured else call, work)
+                made = self._contender(name, Graphed(self.session.clock, call) if captured else call, work)
                 made.plain = call
                 contenders.append(made)
             dtype = torch.bfloat16 if self.session.cuda else torch.float32
@@ -190,7 +178,7 @@ def layer_shapes(networks: Sequence[str]) -> dict[str, nn.Module]:
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         name = f"{kernel}x{kernel} {conv.in_channels}->{conv.out_channels} s{stride}"
         if name not in found:
-            own = OrthoConv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, bias=False)  # type: ignore[arg-type]
+            own = OrthoConv2d(conv.in_channels, conv.out_channels, kernel, stride, kernel // 2, bias=False)
             found[name] = nn.Sequential(own)
     return found
 
@@ -201,27 +189,29 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
     networks = ["cifar8"] if session.dry else ["cifar32", *NETWORKS]
     if session.quick and not session.dry:
-        networks = ["isonet34", "isonet50", "isonet18", "isonet101"] if session.cuda else ["cifar32", "isonet18"]
-    whole = [*MODES, *(["loss+gradient graph", "loss+gradient host"] if session.cuda or session.dry else [])]
+        networks = list(NETWORKS) if session.cuda else ["cifar32", "isonet18"]
     cases = []
+    first = "loss+gradient graph" if session.cuda else "loss+gradient"  # the mode that has a target
     for name in networks:
         if not session.late(name):
-            case = Case(session, name, providers.build(name), repo)
-            for mode in reversed(whole):  # the one with a target first
-                case.compare(mode)
-            cases.append(case)
-    run_layers(session, ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS)
-    if session.cuda or session.dry or not session.quick:
-        for case in cases:  # last: compilation takes minutes
+            cases.append(Case(session, name, providers.build(name), repo))
+            cases[-1].compare(first)
+    if session.cuda or not session.quick:
+        for case in cases[: 2 if session.quick else None]:
             if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
-                case.compare("loss+gradient graph", compile=True)
+                case.compare(first, compile=True)
+    others = ["loss+gradient", "loss+gradient host", "loss"] if session.cuda else ["loss"]
+    for mode, case in itertools.product(others, cases):
+        case.compare(mode)
+    run_layers(session, first)
     return session
 
 
-def run_layers(session: Session, networks: Sequence[str]) -> None:
-    for name, module in layer_shapes(networks).items():
+def run_layers(session: Session, mode: str) -> None:
+    few = ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS
+    for name, module in layer_shapes(few).items():
         if not session.late(name):
-            Case(session, name, module).compare("loss+gradient graph" if session.cuda else "loss+gradient")
+            Case(session, name, module).compare(mode)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from isonet_fast.models.official import bare, official, official_penalty
 
 from . import bench_orthogonality, providers
 from .harness import Contender, Problem, Session, dtype_name, parser
-from .step import Step
+from .step import CHECKED, TOLERANCE, Step, truth
 
 DEPTH, WIDTH, BATCH, SIZE = 20, 1, 32, 32  # of isonet_cifar where they do not vary; width in multiples of 16
 CHANNELS, LAYERS = 64, 4  # of the stacks of 3x3 convolutions
@@ -53,9 +53,15 @@ def step(session: Session, name: str, value: int) -> None:
         "bare": Step(bare(model), session.cuda),
         "isonet_fast": Step(model, session.cuda, regularize=True),
     }
-    contenders = [Contender(p, functools.partial(s, x, y), resident=s.resident) for p, s in steps.items()]
+    few = x[:CHECKED], y[:CHECKED]
+    expected = truth(model, *few)
+    contenders = []
+    for provider, made in steps.items():
+        check = None if provider == "bare" else functools.partial(made.error, *few, expected)
+        contenders.append(Contender(provider, functools.partial(made, x, y), check, resident=made.resident))
     dtype = dtype_name(torch.bfloat16 if session.cuda else torch.float32)
-    session.compare(Problem("step, scaling", "training", f"{name} {value}", dtype), contenders)
+    problem = Problem("step, scaling", "training", f"{name} {value}", dtype)
+    session.compare(problem, contenders, TOLERANCE[session.cuda])
 
 
 def penalty(session: Session, name: str, value: int) -> None:

@@ -19,11 +19,9 @@ from isonet_fast.models.official import bare, official, official_penalty
 from . import providers
 from .breakdown import profile
 from .harness import Contender, Problem, Session, dtype_name, parser
-from .step import Step, deviation, flops, torchvision_resnet, truth
+from .step import CHECKED, TOLERANCE, Step, deviation, flops, torchvision_resnet, truth
 
-TOLERANCE = {False: 1e-3, True: 0.1}  # bfloat16 through fifty layers
 SECONDS = {"cpu": 15.0, "cuda": 6.0}  # for the samples of a group
-CHECKED = 4  # images that float64 is run on
 
 
 class Case(NamedTuple):
@@ -57,7 +55,7 @@ class Benchmark:
 
     def __init__(self, session: Session, case: Case, repo: providers.OfficialRepo | None) -> None:
         self.session, self.case = session, case
-        self.half = session.cuda or session.dry
+        self.half = session.cuda
         self.layout = torch.channels_last if session.cuda else torch.contiguous_format
         self.model = providers.perturb(providers.build(case.network)).to(session.device, memory_format=self.layout)
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
             if args.profile:
                 for provider in ("official", "isonet_fast"):
                     benchmark.profile(provider)
-    if session.cuda or session.dry or not session.quick:
+    if session.cuda or not session.quick:
         for case in main_cases:
             if not session.late(f"{case} compiled", needed=60.0 if session.cuda else 0.0):
                 Benchmark(session, case, None).compare(*COMPILED)

@@ -98,7 +98,8 @@ def tally(events: Any, cuda: bool) -> dict[str, float]:
         total[found] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3
     if cuda:
         owned = sum(total.values())
-        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("bench:")]
+        annotations = ("bench:", "Optimizer.", "ProfilerStep")  # ranges that the profiler shows on the device too
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith(annotations)]
         by_name: dict[str, float] = defaultdict(float)
         for kernel in kernels:
             by_name[category([kernel.name])] += kernel.time_range.elapsed_us() / 1e3
@@ -109,7 +110,8 @@ def tally(events: Any, cuda: bool) -> dict[str, float]:
 
 def profile(session: Session, case: object, provider: str, step: Step, run: Callable[[], Any]) -> None:
     """Write a trace to runs/profile/ and a row for each category."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if session.cuda else [])]
+    cuda = session.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with ranges(step):
         run()
         session.clock.synchronize()
@@ -120,7 +122,7 @@ def profile(session: Session, case: object, provider: str, step: Step, run: Call
     path = folder / f"{case}-{provider}.json".replace(" ", "-")
     path.parent.mkdir(parents=True, exist_ok=True)
     recorded.export_chrome_trace(str(path))
-    times = tally(recorded.events(), session.cuda)
+    times = tally(recorded.events(), cuda)
     stamp = {**rows.machine(session.device.type), "utc": rows.utc()}
     about = {"op": "profile", "provider": provider, "case": str(case), **stamp}
     rows.append(session.path, [{**about, "mode": name, "p50_ms": f"{ms:.6g}"} for name, ms in times.items()])

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import STARTED, rows
 from .clocks import Call, Clock, CudaClock
 
+QUICK = 110.0  # seconds of `--quick` on a CPU, unless it is told otherwise
 ROUNDS = 25  # samples of each provider, at most
 SECONDS = {"cpu": 2.0, "cuda": 1.0}  # for the samples of one group, unless three rounds take longer
 
@@ -110,14 +111,14 @@ class Session:
             raise SystemExit("--device cuda: this machine has no CUDA device (or this is a dry run)")
         self.clock: Clock = CudaClock() if cuda else Clock()
         self.device = self.clock.device
-        self.cuda = cuda
+        self.cuda = cuda or self.dry  # a dry run takes the branches that are meant for a GPU, on the CPU
         if self.dry:  # the smallest shapes gain nothing from threads, and tests share the machine
             torch.set_num_threads(1)
             self.clock.sample_ms = 0.0
         folder = Path(tempfile.mkdtemp(prefix="benchmark-dry-run-")) if self.dry else rows.RESULTS
         self.path = folder / f"{name}.csv"
         self.name, self.failures, self.skipped = name, 0, 0
-        self._budget = args.budget
+        self._budget = args.budget or (QUICK if args.quick and not cuda else math.inf)
         self._matmul: dict[torch.dtype, float] = {}
         self.say(f"isonet_fast from {_origin()}, torch {torch.__version__}, {rows.machine(self.device.type)['device']}")
         if cuda:
@@ -172,10 +173,10 @@ class Session:
         timings = {p: Timing(*(t / ready[p][0].calls for t in timing)) for p, timing in timings.items()}
         stamp = {**rows.machine(self.device.type), "utc": rows.utc()}
         written = []
-        for provider, (contender, (checked, peak)) in ready.items():
+        for provider, (contender, (wrong, peak)) in ready.items():
             bound = next((c for c in contenders if c.provider == limit and limit in timings), None)
             rate = _share(contender, timings[provider], bound, timings[bound.provider] if bound else limit)
-            numbers = _numbers(contender, timings[provider], rate, checked, peak)
+            numbers = _numbers(contender, timings[provider], rate, wrong, peak)
             written.append({**stamp, **problem._asdict(), **numbers})
         rows.append(self.path, written)
         self._progress(problem, written)
@@ -279,7 +280,7 @@ def parser(description: str | None, official_repo: bool = False) -> argparse.Arg
     add("--quick", action="store_true", help="what the README shows; minutes, not an hour")
     add("--dry-run", action="store_true", help="tiny shapes through everything, on the CPU; no rows kept")
     add("--device", choices=("cpu", "cuda"), help="default: CUDA where there is one")
-    add("--budget", type=float, default=math.inf, metavar="SECONDS", help="start nothing after this")
+    add("--budget", type=float, metavar="SECONDS", help="start nothing after this")
     if official_repo:
         add("--official-repo", type=Path, metavar="PATH", help="time the authors' code from this clone too")
     return options

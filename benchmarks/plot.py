@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import ROOT
 from .rows import Row, group, ms, read
@@ -20,7 +21,7 @@ COLOURS = {
 BOUNDS = {"copy": "#cccccc", "matmul": "#cccccc"}
 
 
-def bars(axis, rows: list[Row], problems: list[dict[str, str]], title: str) -> None:
+def bars(axis: Any, rows: list[Row], problems: list[dict[str, str]], title: str) -> None:
     """One group of bars per case: milliseconds of each provider, 20th to 80th percentile as whiskers."""
     colours = COLOURS | BOUNDS
     sides = [(p["case"], group(rows, ("isonet_fast",), **p)) for p in problems]
@@ -41,7 +42,7 @@ def bars(axis, rows: list[Row], problems: list[dict[str, str]], title: str) -> N
     axis.legend(fontsize=7)
 
 
-def lines(axis, rows: list[Row], name: str) -> None:
+def lines(axis: Any, rows: list[Row], name: str) -> None:
     """Cost against the number that varies, both logarithmic."""
     found: dict[str, dict[int, float]] = {}
     for problem in [c for c in cases(rows) if c["case"].startswith(f"{name} ") and "scaling" in c["op"]]:

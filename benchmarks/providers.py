@@ -121,7 +121,7 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("shared_scalar.scale"):
-                parameter.fill_(0.5)
+                parameter.fill_(0.1)
             elif parameter.dim() == 4 and parameter.shape[0] > 1:
                 noise = torch.randn(parameter.shape, generator=generator) * 0.1 / parameter[0].numel() ** 0.5
                 parameter += noise.to(parameter)

@@ -17,6 +17,8 @@ from .bench_orthogonality import penalised
 from .bench_orthogonality import truth as penalty_truth
 
 GAMMA, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 1e-4
+CHECKED = 4  # images that float64 is run on
+TOLERANCE = {False: 1e-3, True: 0.1}  # by whether the network is in bfloat16: through fifty layers
 LR = 1e-6  # the weights stay where the check found them, however many steps are timed
 
 

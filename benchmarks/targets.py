@@ -106,6 +106,13 @@ def _against_compile(rows: list[Row]) -> Outcome | None:
     return _spread(found, 1.2)
 
 
+def _accuracy(rows: list[Row]) -> Outcome | None:
+    where = {"op": "orthogonality_accuracy", "mode": "gradient", "provider": "isonet_fast"}
+    sides = {c["case"]: group(rows, **where, case=c["case"]) for c in cases(rows, **where)}
+    found = {case: float(side["isonet_fast"]["error"]) for case, side in sides.items() if case.startswith("512 ")}
+    return _spread(found, 1e-2, unit="", largest=True)
+
+
 def _steps(rows: list[Row]) -> list[dict[str, str]]:
     return [c for c in cases(rows, op="step") if c["case"].startswith(("isonet50 batch 256", "risonet50 batch 256"))]
 
@@ -174,6 +181,7 @@ TARGETS = (
     Target("GPU", "penalty + gradient, whole network, graph replay / its floor", "<= 1.5x", _penalty_floor),
     Target("GPU", "the official penalty / ours", ">= 50x", _penalty_speedup("official", 50.0)),
     Target("GPU", "torch.compile of it / ours", ">= 4x", _penalty_speedup("compile", 4.0)),
+    Target("GPU", "error of the penalty's gradient near its optimum, 512 channels", "<= 0.01", _accuracy),
     Target("GPU", "SReLU and join, tensors >= 256 MB: share of the copy bandwidth", ">= 90 %", _bandwidth),
     Target("GPU", "torch.compile of them / ours, forward + backward", ">= 1.2x", _against_compile),
     Target("GPU", "step of ISONet-50 and R-ISONet-50, batch 256 / bare step", "<= 1.15x", _bare),

@@ -127,17 +127,6 @@ def test_a_dry_run_keeps_no_rows(session):
     assert rows.RESULTS not in session.path.parents
 
 
-def test_peak_counts_what_a_call_allocates():
-    def call():
-        first = torch.empty(1 << 18)  # 1 MiB
-        second = first + 1
-        del first
-        return second * 2  # never more than two alive
-
-    call()
-    assert clocks.Clock().peak(call) == pytest.approx(2 << 20, rel=0.01)
-
-
 def test_cuda_samples_are_the_time_between_two_events(monkeypatch):
     log = []
 
