@@ -26,6 +26,8 @@ SCHEMAS = (
 
 def _load() -> str | None:
     """Load the compiled library; the reason why not, or None."""
+    if torch.version.hip:
+        return "ROCm: its devices are called cuda, but the kernels are CUDA's"
     if not COMPILED.exists():
         return "built without the compiled kernels (pip install --no-build-isolation builds them)"
     try:
