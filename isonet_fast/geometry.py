@@ -18,7 +18,8 @@ PENALTIES = ("isonet", "lorth", "matrix")
 class Layer:
     """One weight of shape (O, I/g, k...) and how it is convolved; a linear layer has no k.
 
-    Hashable, so that plans and batches can be keyed by it.
+    Hashable, so that plans and batches can be keyed by it. Only `offsets` is worth keeping; torch.compile can trace the
+    rest (not a cached_property).
     """
 
     shape: tuple[int, ...]
@@ -27,23 +28,24 @@ class Layer:
     groups: int
     penalty: str
 
-    @cached_property
+    @property
     def kernel(self) -> tuple[int, ...]:
         """Taps per dimension; `matrix` flattens them into the columns and has a single tap."""
         return () if self.penalty == "matrix" else self.shape[2:]
 
-    @cached_property
+    @property
     def taps(self) -> int:
         return math.prod(self.kernel)
 
-    @cached_property
+    @property
     def _phases(self) -> int:
         """prod r_i: how many input phases of the stride cell the taps reach."""
-        return math.prod(
-            min(k, s // math.gcd(e, s)) for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
-        )
+        phases = 1
+        for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False):
+            phases *= min(k, s // math.gcd(e, s))
+        return phases
 
-    @cached_property
+    @property
     def transposed(self) -> bool:
         """Whether rows are inputs: the smaller side, where the penalty allows it.
 
@@ -52,22 +54,22 @@ class Layer:
         outputs, inputs = self._sides
         return inputs < outputs and (self.penalty != "lorth" or self._phases == 1)
 
-    @cached_property
+    @property
     def _sides(self) -> tuple[int, int]:
         inputs = math.prod(self.shape[1:]) if self.penalty == "matrix" else self.shape[1]
         return self.shape[0] // self.groups, inputs
 
-    @cached_property
+    @property
     def rows(self) -> int:
         """M: rows of one group's tap matrices."""
         return self._sides[1] if self.transposed else self._sides[0]
 
-    @cached_property
+    @property
     def columns(self) -> int:
         """N: columns of one group's tap matrices."""
         return self._sides[0] if self.transposed else self._sides[1]
 
-    @cached_property
+    @property
     def constant(self) -> float:
         """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
         the operator has columns; 0 elsewhere)."""

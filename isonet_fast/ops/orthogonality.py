@@ -8,7 +8,7 @@ before a backward are right.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Problem:
     ) -> None:
         self.layers, self.coefficients, self.precision, self.part = layers, coefficients, precision, part
         self._offsets: tuple | None = None
+        self._parts: list[tuple[list[int], Problem]] | None = None
         self.arguments = (  # in the order of the schema, `stride` to `shard`
             [s for layer in layers for s in layer.stride],
             [e for layer in layers for e in layer.dilation],
@@ -61,6 +62,29 @@ class Problem:
         if self._offsets is None:
             self._offsets = shard(self.layers, *self.part)
         return self._offsets
+
+    @property
+    def parts(self) -> list[tuple[list[int], Problem]]:
+        """What is computed together: indices into the layers, and their problem.
+
+        The default precision suits residuals that vanish at the optimum. Where "lorth" has more rows than the operator
+        has columns they don't: R tends to a projector of size 1 whose product with A cancels, and in bf16 the
+        gradient would be noise. Those layers (mostly a network's first) take float32.
+        """
+        if self._parts is None:
+            everything = list(range(len(self.layers)))
+            tall = [] if self.precision else [n for n in everything if self.layers[n].constant > 0]
+            rest = [n for n in everything if n not in tall]
+            if tall:
+                split = [(rest, self._restricted(rest, None)), (tall, self._restricted(tall, "highest"))]
+                self._parts = [(members, part) for members, part in split if members]
+            else:
+                self._parts = [(everything, self)]
+        return self._parts
+
+    def _restricted(self, members: list[int], precision: str | None) -> Problem:
+        layers = tuple(self.layers[n] for n in members)
+        return Problem(layers, tuple(self.coefficients[n] for n in members), precision, self.part)
 
 
 @functools.lru_cache(maxsize=64)
@@ -185,8 +209,9 @@ torch.library.register_autograd("isonet_fast::orthogonality_loss", _backward, se
 def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
     save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    total, losses, _ = ops.orthogonality_loss(list(weights), *problem.arguments, save)
-    return total, losses
+    return _by_parts(
+        problem, lambda n, part: ops.orthogonality_loss([weights[i] for i in n], *part.arguments, save)[:2]
+    )
 
 
 @torch.no_grad()
@@ -194,6 +219,25 @@ def accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
+    return _by_parts(
+        problem, lambda n, part: _accumulate_grad_([weights[i] for i in n], [grads[i] for i in n], part, scale)
+    )
+
+
+def _by_parts(
+    problem: Problem, compute: Callable[[list[int], Problem], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    results = [(members, *compute(members, part)) for members, part in problem.parts]
+    if len(results) == 1:
+        return results[0][1:]
+    (_, first, _), (_, second, _) = results
+    in_order = {n: value for members, _, losses in results for n, value in zip(members, losses.unbind(), strict=True)}
+    return first + second, torch.stack([in_order[n] for n in range(len(in_order))])
+
+
+def _accumulate_grad_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
+) -> tuple[Tensor, Tensor]:
     if serves(weights):
         return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
 

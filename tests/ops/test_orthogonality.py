@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from isonet_fast import functional, reference
+from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer, shard
 from isonet_fast.ops import closed_form, orthogonality
 
@@ -289,6 +289,27 @@ def test_layers_of_one_shape_are_one_batch(monkeypatch, device):
     weights = [torch.randn(8, 8, 3, 3, dtype=torch.double, device=device) for _ in range(5)]
     functional.orthogonality_loss([*weights, weights[0].flatten(1)])
     assert sizes == [5, 1]
+
+
+def test_tall_lorth_layers_take_float32(device):
+    """At their optimum R is a projector, not zero: in bf16 the gradient would be noise."""
+    tall = init.delta_(torch.empty(64, 3, 3, 3, device=device), stride=2)
+    weights = [
+        weights_like((16, 16, 3, 3), "near", device, torch.float32).requires_grad_(),
+        (tall + 1e-3 * torch.randn(64, 3, 3, 3).to(device)).requires_grad_(),
+    ]
+    problem = problem_of(weights, "lorth", stride=2)
+    assert [(members, part.precision) for members, part in problem.parts] == [([0], None), ([1], "highest")]
+    total, losses = orthogonality.loss(weights, problem)
+    grads = torch.autograd.grad(total, weights)
+    added = [torch.zeros_like(w) for w in weights]
+    again, losses_again = orthogonality.accumulate_grad_(weights, added, problem, 1.0)
+    exact, exact_grads = reference_value_and_grads(weights, stride=2, penalty="lorth")
+    torch.testing.assert_close(total.double(), exact, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.stack([total, losses.sum()]), torch.stack([again, losses_again.sum()]))
+    for grad, same, want in zip(grads, added, exact_grads):
+        assert relative(grad, want) < 1e-2
+        torch.testing.assert_close(grad, same, rtol=1e-5, atol=1e-6)
 
 
 def test_errors_name_the_argument(device):
