@@ -70,14 +70,16 @@ def percentiles(samples: Sequence[float]) -> Timing:
 def interleave(clock: Clock, calls: dict[str, Call], seconds: float, rounds: int, how: str = "sample") -> dict:
     """Samples of every call: one of each per round, each round starting with another one.
 
-    At least three rounds, then until `rounds` or `seconds` are reached. What the warm-up measures sets how often
-    a call is repeated in a sample. how: "sample", "cold" or "host", as in `Clock`.
+    At least three rounds, then until `rounds` or `seconds` are reached. Uncounted samples before them set how often
+    a call is repeated in one. how: "sample", "cold" or "host", as in `Clock`.
     """
     sample = getattr(clock, how)
     repeats = {}
     for name, call in calls.items():
-        sample(call, 1)
-        repeats[name] = max(1, min(1000, math.ceil(clock.sample_ms / max(sample(call, 1), 1e-6))))
+        once = sample(call, 1)
+        if once < 100:  # the first is slower than the rest; a long call is not worth another
+            once = sample(call, 1)
+        repeats[name] = max(1, min(1000, math.ceil(clock.sample_ms / max(once, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     start = clock.now()
@@ -189,8 +191,7 @@ class Session:
                 wrong = contender.check() if contender.check else None
             if wrong is not None and not wrong <= tolerance:
                 raise ArithmeticError(f"error {wrong:.3g} against float64, at most {tolerance:.3g} is allowed")
-            for _ in range(2):
-                contender.run()
+            contender.run()  # what is tuned or allocated at the first call is not the call's peak
             return wrong, self.clock.peak(contender.plain or contender.run) + contender.resident
         except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
             self._failed(problem, contender.provider, problem_met)
