@@ -1,4 +1,7 @@
-"""The figures, from the rows alone: `python -m benchmarks.plot [FOLDER]` writes PNGs to runs/benchmarks/."""
+"""The figures, from the rows alone: `python -m benchmarks.plot` draws docs/speed-*.png and docs/scaling-*.png.
+
+A folder of rows as an argument is drawn instead, into itself.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from . import ROOT
 from .rows import Row, group, ms, read
-from .targets import cases
+from .targets import cases, on
 
 COLOURS = {
     "official": "#c44e52",
@@ -56,7 +59,7 @@ def lines(axis: Any, rows: list[Row], name: str) -> None:
         axis.legend(fontsize=7)
 
 
-def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
+def draw(rows: list[Row], kind: str, folder: Path) -> list[Path]:
     """Two figures of one device."""
     import matplotlib
 
@@ -64,7 +67,6 @@ def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in device).strip("-").lower()
     speed, axes = plt.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
     bars(axes[0], rows, cases(rows, op="step"), "training step")
     penalties = [c for c in cases(rows, op="orthogonality") if "isonet" in c["case"] or "cifar" in c["case"]]
@@ -78,8 +80,8 @@ def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
         lines(axis, rows, name)
     paths = []
     for figure, name in ((speed, "speed"), (scaling, "scaling")):
-        figure.suptitle(device)
-        paths.append(folder / f"{name}-{slug}.png")
+        figure.suptitle(rows[-1]["device"])
+        paths.append(folder / f"{name}-{kind}.png")
         figure.savefig(paths[-1], dpi=110)
         plt.close(figure)
     return paths
@@ -87,11 +89,14 @@ def draw(rows: list[Row], device: str, folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rows = read(Path(given[0])) if given else read()
-    folder = Path(given[0]) if given else ROOT / "runs" / "benchmarks"
-    for device in sorted({row["device"] for row in rows}):
-        for path in draw([row for row in rows if row["device"] == device], device, folder):
-            print(path)
+    folder = Path(given[0]) if given else ROOT / "docs"
+    timed = [row for row in (read(folder) if given else read()) if row["p50_ms"]]
+    for kind in ("CPU", "GPU"):
+        rows = on(timed, kind)
+        if rows:  # the machine that measured last
+            device = rows[-1]["device"]
+            for path in draw([row for row in rows if row["device"] == device], kind.lower(), folder):
+                print(path)
     return 0
 
 
