@@ -75,21 +75,20 @@ def _batch(taps: Tensor, layer: Layer, ts: tuple[Offset, ...], want_grad: bool) 
     grad = torch.zeros_like(taps) if want_grad else None
     for t in ts:
         here, there = _overlap(t, layer)
-        a = taps[here].reshape(len(taps), layer.rows, -1)
+        u, v = taps[here], taps[there]
+        a, b = u.flatten(2), v.flatten(2)
+        residual = torch.bmm(a, b.mT)
         if any(t):  # G_t and its transpose G_{-t}: twice the loss, and both gradients
-            b = taps[there].reshape(len(taps), layer.rows, -1)
-            residual = a @ b.mT
-            losses += residual.square().sum((1, 2))
+            losses.add_(residual.square().sum((1, 2)), alpha=2)
             if grad is not None:
-                grad[here] += (2 * residual @ b).view_as(grad[here])
-                grad[there] += (2 * residual.mT @ a).view_as(grad[there])
+                grad[here].add_(torch.bmm(residual, b).view_as(u))
+                grad[there].add_(torch.bmm(residual.mT, a).view_as(v))
         else:
-            residual = a @ a.mT
             residual.diagonal(dim1=1, dim2=2).sub_(1)
-            losses += 0.5 * residual.square().sum((1, 2))
+            losses.add_(residual.square().sum((1, 2)))
             if grad is not None:
-                grad += (2 * residual @ a).view_as(grad)
-    return losses, grad
+                grad.add_(torch.bmm(residual, a).view_as(u))
+    return losses.mul_(0.5), None if grad is None else grad.mul_(2)
 
 
 def _overlap(t: Offset, layer: Layer) -> tuple[Any, Any]:
