@@ -102,7 +102,8 @@ def orthogonality_loss(
     One tensor or a list. For a list, `stride`, `dilation` and `groups` may be *lists* with one entry per weight; an int
     or a tuple (one value per spatial dimension) serves all. All weights on one device; half precision is computed in
     float32, under autocast too. precision: None (fast: three bf16 products on tensor cores; float32 on the CPU) or
-    "highest" (IEEE float32). float64 is always computed in float64.
+    "highest" (IEEE float32), which "lorth" layers with more rows than the operator has columns always take: their
+    residual does not vanish at the optimum. float64 is always computed in float64.
 
     Differentiable once; `reference.orthogonality_loss` is differentiable at every order.
 

@@ -10,45 +10,40 @@ from torch import Tensor, nn
 from .. import functional
 
 
-class SReLU(nn.Module):
+class _ChannelBias(nn.Module):
+    """What both activations hold: `srelu_bias` (1, C, 1, 1), and whether they write over their input."""
+
+    def __init__(
+        self, num_channels: int, init: float = -1.0, inplace: bool = False, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.inplace = num_channels, inplace
+        self.srelu_bias = nn.Parameter(torch.full((1, num_channels, 1, 1), init, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}" + (", inplace=True" if self.inplace else "")
+
+
+class SReLU(_ChannelBias):
     """y = max(x, b), one learnable b per channel, initially `init` (`functional.srelu`).
 
     x: (N, C, ...). State: `srelu_bias` (1, C, 1, 1). inplace=True writes over x: right behind any operation that does
     not need its own output for its backward, such as a convolution.
     """
 
-    def __init__(
-        self, num_channels: int, init: float = -1.0, inplace: bool = False, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        self.num_channels, self.inplace = num_channels, inplace
-        self.srelu_bias = nn.Parameter(torch.full((1, num_channels, 1, 1), init, device=device, dtype=dtype))
-
     def forward(self, x: Tensor) -> Tensor:
         return functional.srelu(x, self.srelu_bias, self.inplace)
 
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}" + (", inplace=True" if self.inplace else "")
 
-
-class ResidualSReLU(nn.Module):
+class ResidualSReLU(_ChannelBias):
     """y = max(shortcut + s * branch, b), the join of a residual block (`functional.residual_srelu`).
 
     State: `srelu_bias` (1, C, 1, 1). The scale s is an argument, for it belongs to the branch (`SharedScale.scale`).
     inplace=True writes over the branch and needs a branch without a scale.
     """
 
-    def __init__(
-        self, num_channels: int, init: float = -1.0, inplace: bool = False, device: Any = None, dtype: Any = None
-    ) -> None:
-        super().__init__()
-        self.num_channels, self.inplace = num_channels, inplace
-        self.srelu_bias = nn.Parameter(torch.full((1, num_channels, 1, 1), init, device=device, dtype=dtype))
-
     def forward(self, shortcut: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
         return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, self.inplace)
-
-    extra_repr = SReLU.extra_repr
 
 
 class SharedScale(nn.Module):

@@ -1,4 +1,4 @@
-"""The command line: isonet-fast demo | train | evaluate | info."""
+"""The command line: isonet-fast demo | train | evaluate | report | info."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
     _add_train(commands)
     _add_evaluate(commands)
+    add = commands.add_parser("report", help="how isometric a checkpoint is: singular values of every convolution")
+    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("--size", type=int, default=224, help="of the input images (default %(default)s)")
+    add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
+    add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config))
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
     add.set_defaults(run=lambda args: environment.info())
     return top

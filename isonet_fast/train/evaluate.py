@@ -1,4 +1,4 @@
-"""`isonet-fast evaluate`: top-1 and top-5 of a checkpoint of ours or of the official code."""
+"""`isonet-fast evaluate` and `report`: accuracy and isometry of a checkpoint, ours or of the official code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import diagnostics
 from ..models.isonet import BLOCKS, BOTTLENECK
 from ..models.load_official import official_state, read_checkpoint
 from . import checkpoint, config
@@ -25,17 +26,10 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
     The network is the one that the checkpoint says it is; an official checkpoint says it by its names and shapes.
     Prints and returns loss, top1 and top5 (percent), images and corrupt.
     """
-    contents, path = _read(path)
-    ours = isinstance(contents, Mapping) and "format" in contents
-    given = [*settings, *([f"data.source={data}"] if data is not None else [])]
-    settled = config.load(preset, given, contents["config"] if ours else None)
-    state = contents["model"] if ours else official_state(contents, path)
-    if not ours and preset is None:
-        settled.model = recognise(state, path)
-    unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
-    if unusual:
-        raise ValueError(f"{path} holds no network of this package: no {', '.join(sorted(unusual))} in it")
-    classes, channels = state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1]
+    model, settled = network(path, [*settings, *([f"data.source={data}"] if data is not None else [])], preset)
+    classes, channels = (
+        model.get_parameter(name).shape[n] for n, name in enumerate(("head.fc.weight", "stem.conv.weight"))
+    )
     source = open_source(settled.data, settled.seed, evaluating=True)
     if (source.num_classes, source.channels) != (classes, channels):
         raise ValueError(
@@ -43,12 +37,37 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
             f"{settled.data.source} has {source.num_classes} classes and {source.channels} channels"
         )
     device = choose_device(settled.device)
-    model = build_model(settled.model, classes, channels)
-    _fit(model, state, path)
     model.to(device)
     if settled.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _report(model, source.val, settled, device)
+
+
+def network(path: Path, settings: Sequence[str] = (), preset: str | None = None) -> tuple[nn.Module, Config]:
+    """The network in a checkpoint (see `run`), with its weights, and the configuration that it was trained with."""
+    contents, path = _read(path)
+    ours = isinstance(contents, Mapping) and "format" in contents
+    settled = config.load(preset, settings, contents["config"] if ours else None)
+    state = contents["model"] if ours else official_state(contents, path)
+    if not ours and preset is None:
+        settled.model = recognise(state, path)
+    unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
+    if unusual:
+        raise ValueError(f"{path} holds no network of this package: no {', '.join(sorted(unusual))} in it")
+    model = build_model(settled.model, state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1])
+    _fit(model, state, path)
+    return model, settled
+
+
+def isometry(path: Path, size: int, preset: str | None = None) -> diagnostics.Report:
+    """`isonet-fast report`: the singular values of every convolution in a checkpoint, for images of size x size."""
+    if size < 8:
+        raise ValueError(f"--size must be at least 8, got {size}")
+    model, _ = network(path, preset=preset)
+    channels = model.get_parameter("stem.conv.weight").shape[1]
+    report = diagnostics.isometry_report(model, (channels, size, size))
+    print(report)
+    return report
 
 
 def _report(model: nn.Module, examples: Any, settled: Config, device: torch.device) -> dict[str, float]:

@@ -33,6 +33,10 @@ def test_images_from_end_to_end(photographs: Path, tmp_path: Path, capsys: pytes
     assert (run / "metrics.csv").read_text().splitlines()[1].endswith(",1")
     assert main(["evaluate", str(run)]) == 0
     assert "(6 images)" in capsys.readouterr().out
+    assert main(["report", str(run), "--size", "24"]) == 0
+    assert "s1.b1.f.a" in capsys.readouterr().out
+    assert main(["report", str(run), "--size", "2"]) == 1
+    assert "--size must be at least 8, got 2" in capsys.readouterr().err
 
     (photographs / "val" / "cat" / "1.jpg").write_bytes(b"x")
     assert main(["evaluate", str(run / "best.pt"), "--data", f"imagefolder:{photographs}"]) == 0
