@@ -26,6 +26,7 @@ from .build import autocast, build_model, choose_device
 from .config import Config
 from .datasets import Corrupt, open_source
 from .divergence import Diverged, first_nonfinite
+from .files import sweep
 from .loader import Batch, Loader, WorkerDied
 from .metrics import Log, Sums, progress
 
@@ -46,6 +47,7 @@ class Run:
 
     def __init__(self, config: Config, directory: Path, state: dict[str, Any] | None = None) -> None:
         self.config, self.directory = config, directory
+        sweep(directory)
         self.device = choose_device(config.device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.manual_seed(config.seed)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from isonet_fast.train.files import replacing
+from isonet_fast.train.files import replacing, sweep
 
 
 def listing(directory):
@@ -89,3 +89,13 @@ def test_writers_at_the_same_time_do_not_mix(tmp_path):
     for thread in threads:
         thread.join()
     assert path.read_text() in texts and listing(tmp_path) == ["summary.json"]
+
+
+def test_what_a_killed_writer_left_is_swept_up(tmp_path):
+    writer = replacing(tmp_path / "latest.pt")
+    temporary = writer.__enter__()  # and never ends
+    temporary.write_text("hal")
+    for name in ("latest.pt", ".hidden", "notes.tmp"):
+        (tmp_path / name).write_text("kept")
+    sweep(tmp_path)
+    assert listing(tmp_path) == [".hidden", "latest.pt", "notes.tmp"]
