@@ -41,7 +41,9 @@ def bars(axis: Any, rows: list[Row], problems: list[dict[str, str]], title: str)
     axis.set_xticks(
         [i + 0.4 - width / 2 for i in range(len(sides))], [case for case, _ in sides], rotation=20, fontsize=7
     )
-    axis.set(title=title, ylabel="ms", yscale="log")
+    drawn = [ms(row) for _, side in sides for name, row in side.items() if name in shown]
+    # bars of like height start at zero: a logarithmic axis would make much of little
+    axis.set(title=title, ylabel="ms", yscale="log" if drawn and max(drawn) > 20 * min(drawn) else "linear")
     axis.legend(fontsize=7)
 
 
