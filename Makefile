@@ -21,7 +21,7 @@ demo: $(READY)  ## train a 32-layer network without normalisation on real digits
 test: $(READY)  ## the whole suite, on the CPU
 	$(BIN)/python -m pytest tests
 
-parity: $(READY)  ## all eight networks, three training steps each, against the official numbers (about five minutes)
+parity: $(READY)  ## all eight networks, three training steps each, against the official numbers
 	ISONET_FAST_PARITY=full $(BIN)/python -m pytest tests/parity
 
 check: $(READY)  ## format, lint, types

@@ -39,7 +39,7 @@ STEPS = 3
 def _conv2d(images: Tensor, weight: Tensor, padding: tuple[int, int], stride: tuple[int, int], groups: int) -> Tensor:
     """F.conv2d as one matrix product."""
     if groups != 1:
-        raise NotImplementedError("the official networks have no groups")
+        raise ValueError("the official networks have no groups")
     columns = F.unfold(images, weight.shape[2:], padding=padding, stride=stride)
     size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(images.shape[2:], padding, weight.shape[2:], stride)]
     products = weight.flatten(1) @ columns.transpose(0, 1).flatten(1)
