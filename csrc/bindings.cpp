@@ -58,6 +58,23 @@ std::optional<Extent> extent_of(const Tensor& x) {
   return Extent{numel / (channels * x.stride(1)), channels, x.stride(1)};
 }
 
+// A tensor with the sizes, strides and dtype of a dense x. (torch::stable::empty_like looks its op up by name at every
+// call, which takes longer than a small kernel.)
+Tensor empty_as(const Tensor& x) {
+  int32_t dtype, device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, device_type,
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// A parameter without gaps, of any shape.
+Tensor packed(const Tensor& parameter) {
+  return parameter.is_contiguous() ? parameter : torch::stable::contiguous(parameter);
+}
+
 // x itself, or a copy without gaps: empty_like keeps the order of the dimensions, as the fakes in Python do.
 Tensor dense(const Tensor& x) {
   if (extent_of(x)) return x;
@@ -75,7 +92,7 @@ bool same_layout(const Tensor& a, const Tensor& b) {
 // `source` in the memory order of `like`: under channels_last a gradient can arrive as NCHW or expanded.
 Tensor relaid(const Tensor& source, const Tensor& like) {
   if (same_layout(source, like)) return source;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = empty_as(like);
   torch::stable::copy_(copy, source);
   return copy;
 }
@@ -94,7 +111,7 @@ void check_parameter(const Tensor& parameter, const Tensor& x, const char* name)
 
 void check_bias(const Tensor& x, const Tensor& bias) {
   STD_TORCH_CHECK(x.dim() >= 2, "the input must be (N, C, ...), but it has ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x.size(1), "bias must be (C,) with C = ", x.size(1));
+  STD_TORCH_CHECK(bias.numel() == x.size(1), "bias must have one value per channel, C = ", x.size(1));
   check_parameter(bias, x, "bias");
 }
 
@@ -124,7 +141,7 @@ Tensor workspace(const Tensor& x, int64_t bytes) {
 #endif
 
 // One overload per launcher: to the GPU on the current stream, or to the CPU.
-void launch(const Tensor& x, const isonet_fast::SReLUForwardArgs& args) {
+void launch([[maybe_unused]] const Tensor& x, const isonet_fast::SReLUForwardArgs& args) {
 #ifdef ISONET_FAST_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -134,7 +151,7 @@ void launch(const Tensor& x, const isonet_fast::SReLUForwardArgs& args) {
   isonet_fast::cpu::srelu_forward(args);
 }
 
-void launch(const Tensor& x, const isonet_fast::ResidualSReLUForwardArgs& args) {
+void launch([[maybe_unused]] const Tensor& x, const isonet_fast::ResidualSReLUForwardArgs& args) {
 #ifdef ISONET_FAST_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -144,7 +161,7 @@ void launch(const Tensor& x, const isonet_fast::ResidualSReLUForwardArgs& args) 
   isonet_fast::cpu::residual_srelu_forward(args);
 }
 
-void launch(const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
+void launch([[maybe_unused]] const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
 #ifdef ISONET_FAST_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -156,7 +173,7 @@ void launch(const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
   isonet_fast::cpu::srelu_backward(args);
 }
 
-void launch(const Tensor& x, const isonet_fast::ResidualSReLUBackwardArgs& args) {
+void launch([[maybe_unused]] const Tensor& x, const isonet_fast::ResidualSReLUBackwardArgs& args) {
 #ifdef ISONET_FAST_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -177,23 +194,23 @@ void srelu_into(const Tensor& x, const Tensor& bias, const Tensor& y) {
 Tensor srelu(Tensor x, Tensor bias) {
   check_bias(x, bias);
   x = dense(x);
-  Tensor y = torch::stable::empty_like(x);
-  srelu_into(x, torch::stable::contiguous(bias), y);
+  Tensor y = empty_as(x);
+  srelu_into(x, packed(bias), y);
   return y;
 }
 
 void srelu_(Tensor x, Tensor bias) {
   check_bias(x, bias);
   const Tensor y = dense(x);
-  srelu_into(y, torch::stable::contiguous(bias), y);
+  srelu_into(y, packed(bias), y);
   if (y.data_ptr() != x.data_ptr()) torch::stable::copy_(x, y);
 }
 
 std::tuple<Tensor, Tensor> srelu_backward(Tensor grad_output, Tensor output, Tensor bias) {
   check_bias(output, bias);
   check_same(grad_output, output, "grad_output");
-  const Tensor y = dense(output), g = relaid(grad_output, y), b = torch::stable::contiguous(bias);
-  Tensor grad_x = torch::stable::empty_like(y), grad_bias = torch::stable::empty_like(b);
+  const Tensor y = dense(output), g = relaid(grad_output, y), b = packed(bias);
+  Tensor grad_x = empty_as(y), grad_bias = empty_as(b);
   launch(y, isonet_fast::SReLUBackwardArgs{dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(),
                                            parameter(b), grad_x.mutable_data_ptr(), grad_bias.mutable_data_ptr()});
   return {grad_x, grad_bias};
@@ -216,15 +233,15 @@ void check_join(const Tensor& shortcut, const Tensor& branch, const Tensor& bias
 Tensor residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, std::optional<Tensor> scale) {
   check_join(shortcut, branch, bias, scale);
   shortcut = dense(shortcut);
-  Tensor y = torch::stable::empty_like(shortcut);
-  residual_srelu_into(shortcut, relaid(branch, shortcut), torch::stable::contiguous(bias), scale, y);
+  Tensor y = empty_as(shortcut);
+  residual_srelu_into(shortcut, relaid(branch, shortcut), packed(bias), scale, y);
   return y;
 }
 
 void residual_srelu_(Tensor shortcut, Tensor branch, Tensor bias, std::optional<Tensor> scale) {
   check_join(shortcut, branch, bias, scale);
   const Tensor y = dense(branch);
-  residual_srelu_into(relaid(shortcut, y), y, torch::stable::contiguous(bias), scale, y);
+  residual_srelu_into(relaid(shortcut, y), y, packed(bias), scale, y);
   if (y.data_ptr() != branch.data_ptr()) torch::stable::copy_(branch, y);
 }
 
@@ -235,9 +252,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_srelu_backward(Tensor grad_o
   check_same(branch, output, "branch");
   check_scale(output, scale);
   const Tensor y = dense(output), g = relaid(grad_output, y), h = relaid(branch, y);
-  const Tensor b = torch::stable::contiguous(bias);
-  Tensor grad_shortcut = torch::stable::empty_like(y), grad_branch = torch::stable::empty_like(y);
-  Tensor grad_bias = torch::stable::empty_like(b), grad_scale = torch::stable::empty_like(scale);
+  const Tensor b = packed(bias);
+  Tensor grad_shortcut = empty_as(y), grad_branch = empty_as(y);
+  Tensor grad_bias = empty_as(b), grad_scale = empty_as(scale);
   launch(y, isonet_fast::ResidualSReLUBackwardArgs{
                 dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(), h.const_data_ptr(),
                 parameter(b), parameter(scale), grad_shortcut.mutable_data_ptr(), grad_branch.mutable_data_ptr(),

@@ -28,11 +28,11 @@ struct ResidualSReLUBackward {
 
   template <typename A>
   ISONET_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], A& grad_bias, A& grad_scale) {
-    const bool passes = Mask<A>::passes(in[1], b);
-    const A g = passes ? in[0] : A(0);
+    const bool blocked = in[1] <= b;
+    const A g = blocked ? A(0) : in[0];
     out[0] = g;
     out[1] = s * g;
-    grad_bias += passes ? A(0) : in[0];
+    grad_bias += blocked ? in[0] : A(0);
     grad_scale += g * in[2];
   }
 };

@@ -13,12 +13,6 @@
 
 namespace isonet_fast {
 
-// `y <= b` is false for a NaN on either side: then the gradient passes.
-template <typename A>
-struct Mask {
-  ISONET_FORMULA bool passes(A y, A b) { return !(y <= b); }
-};
-
 struct SReLUForward {
   static constexpr int kReads = 1;   // x
   static constexpr int kWrites = 1;  // y
@@ -39,9 +33,10 @@ struct SReLUBackward {
 
   template <typename A>
   ISONET_FORMULA void apply(const A (&in)[2], A b, A, A (&out)[1], A& grad_bias, A&) {
-    const bool passes = Mask<A>::passes(in[1], b);
-    out[0] = passes ? in[0] : A(0);
-    grad_bias += passes ? A(0) : in[0];
+    const A g = in[0];
+    const bool blocked = in[1] <= b;  // false for a NaN on either side: then the gradient passes
+    out[0] = blocked ? A(0) : g;
+    grad_bias += blocked ? g : A(0);
   }
 };
 

@@ -61,20 +61,47 @@ ISONET_FAST_INLINE void apply(const T* const (&in)[3], T* const (&out)[2], int64
 constexpr int64_t kRunBlock = 1024;  // elements, in some 16 vector lanes
 constexpr int64_t kRowBlock = 32;    // rows
 
-// A run: n consecutive elements of one channel.
+// Where a unit of walk_runs begins: a piece of a plane. Counted on from unit to unit, for a division costs as much as
+// a short plane.
+struct Place {
+  const int64_t pieces, channels;
+  int64_t piece, plane, channel;
+
+  Place(int64_t unit, int64_t pieces, int64_t channels)
+      : pieces(pieces), channels(channels), piece(unit % pieces), plane(unit / pieces), channel(plane % channels) {}
+
+  void next() {
+    if (++piece < pieces) return;
+    piece = 0;
+    ++plane;
+    if (++channel == channels) channel = 0;
+  }
+};
+
+// Units of consecutive elements of one channel: planes, and pieces of long ones.
 template <class Formula, typename T>
-struct Run {
-  ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, Sum<T> b, Sum<T> scale,
-                                     double& grad_bias, double& grad_scale) const {
-    for (int64_t at = begin; at < end; at += kRunBlock) {
-      const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
-      T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
-      const int64_t n = end - at < kRunBlock ? end - at : kRunBlock;
-      Sum<T> sum_bias = 0, sum_scale = 0;
+struct Runs {
+  ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, const Extent& e,
+                                     int64_t pieces, int64_t length, const Sum<T>* b, Sum<T> scale, double* grad_bias,
+                                     double* grad_scale) const {
+    Place place(begin, pieces, e.channels);
+    for (int64_t unit = begin; unit < end; ++unit, place.next()) {
+      const int64_t plane = place.plane * e.inner, start = place.piece * length;
+      const int64_t stop = plane + (start + length < e.inner ? start + length : e.inner);
+      double total_bias = 0, total_scale = 0;
+      for (int64_t at = plane + start; at < stop; at += kRunBlock) {
+        const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
+        T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
+        const int64_t n = stop - at < kRunBlock ? stop - at : kRunBlock;
+        const Sum<T> bias = b[place.channel];
+        Sum<T> sum_bias = 0, sum_scale = 0;
 #pragma omp simd reduction(+ : sum_bias, sum_scale)
-      for (int64_t i = 0; i < n; ++i) apply<Formula, T>(in, out, i, b, scale, sum_bias, sum_scale);
-      grad_bias += sum_bias;
-      grad_scale += sum_scale;
+        for (int64_t i = 0; i < n; ++i) apply<Formula, T>(in, out, i, bias, scale, sum_bias, sum_scale);
+        total_bias += sum_bias;
+        total_scale += sum_scale;
+      }
+      if (Formula::kSumsBias) grad_bias[unit] = total_bias;
+      if (Formula::kSumsScale) grad_scale[unit] = total_scale;
     }
   }
 };
@@ -153,14 +180,8 @@ Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   for (int64_t c = 0; c < e.channels; ++c) b[c] = rounded<T>(call.bias, c);
   Sums sums{std::vector<double>(Formula::kSumsBias ? units : 0), std::vector<double>(Formula::kSumsScale ? units : 0)};
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, kUnit / length), [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t plane = unit / pieces, start = (unit - plane * pieces) * length;
-      double grad_bias = 0, grad_scale = 0;
-      run(Run<Formula, T>{}, streams, plane * e.inner + start, plane * e.inner + std::min(start + length, e.inner),
-          b[plane % e.channels], scale, grad_bias, grad_scale);
-      if (Formula::kSumsBias) sums.bias[unit] = grad_bias;
-      if (Formula::kSumsScale) sums.scale[unit] = grad_scale;
-    }
+    run(Runs<Formula, T>{}, streams, begin, end, e, pieces, length, b.data(), scale, sums.bias.data(),
+        sums.scale.data());
   });
   return sums;
 }
@@ -212,8 +233,10 @@ void walk_typed(const Call& call) {
   if constexpr (Formula::kSumsBias) {
     std::vector<double> totals(e.channels);
     const int64_t consecutive = runs ? pieces_of(e) : 1;  // sums of one channel
-    const int64_t count = static_cast<int64_t>(sums.bias.size());
-    for (int64_t i = 0; i < count; ++i) totals[i / consecutive % e.channels] += sums.bias[i];
+    const double* sum = sums.bias.data();
+    for (const double* const last = sum + sums.bias.size(); sum < last;)
+      for (double& total : totals)
+        for (int64_t i = 0; i < consecutive; ++i) total += *sum++;
     for (int64_t c = 0; c < e.channels; ++c) write_gradient<T>(call.grad_bias, call.bias.dtype, c, totals[c]);
   }
   if constexpr (Formula::kSumsScale) {

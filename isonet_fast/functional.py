@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .geometry import PENALTIES, Layer
 from .ops import orthogonality as _orthogonality
-from .ops.residual_srelu import ResidualSReLUInPlace
-from .ops.srelu import SReLUInPlace, ops
+from .ops.residual_srelu import ResidualSReLU
+from .ops.srelu import SReLU
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PRECISIONS = (None, "highest")
@@ -37,10 +37,9 @@ def srelu(
     """
     _check_activation("x", x)
     bias = _bias(bias, "x", x)
-    if not inplace:
-        return ops.srelu(x, bias)
-    _check_writable("x", x)
-    return SReLUInPlace.apply(x, bias)
+    if inplace:
+        _check_writable("x", x)
+    return SReLU.apply(x, bias, inplace)
 
 
 def residual_srelu(
@@ -71,13 +70,12 @@ def residual_srelu(
         if scale.numel() != 1:
             raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
         _check_device("scale", scale, "shortcut", shortcut)
-        scale = _master(scale.reshape(()), shortcut)
-    if not inplace:
-        return ops.residual_srelu(shortcut, branch, bias, scale)
-    if scale is not None:
-        raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
-    _check_writable("branch", branch)
-    return ResidualSReLUInPlace.apply(shortcut, branch, bias)
+        scale = _master(scale, shortcut)
+    if inplace:
+        if scale is not None:
+            raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
+        _check_writable("branch", branch)
+    return ResidualSReLU.apply(shortcut, branch, bias, scale, inplace)
 
 
 def orthogonality_loss(
@@ -187,7 +185,7 @@ def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
 
 
 def _bias(bias: Tensor, name: str, x: Tensor) -> Tensor:
-    """Checked and flattened to (C,)."""
+    """Checked, in a dtype that the kernels read."""
     if bias.numel() != x.shape[1]:
         raise ValueError(
             f"bias must have one value for each of the {x.shape[1]} channels of {name}, got shape {tuple(bias.shape)}"
@@ -195,7 +193,7 @@ def _bias(bias: Tensor, name: str, x: Tensor) -> Tensor:
     if bias.dtype not in _FLOATS:
         raise TypeError(f"bias must be {_names(_FLOATS)}, got {bias.dtype}")
     _check_device("bias", bias, name, x)
-    return _master(bias.reshape(-1), x)
+    return _master(bias, x)
 
 
 def _master(parameter: Tensor, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._library import implement, ops
-from .srelu import blocked, channel_sum, per_channel
+from .srelu import blocked, channel_sum, gradients, per_channel
 
 
 def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -66,55 +66,60 @@ def _residual_srelu_backward_fake(
     return like(output), like(output), like(bias), like(scale)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, branch, bias, scale = inputs
-    ctx.save_for_backward(output, bias, *(() if scale is None else (branch, scale)))
+class ResidualSReLU(torch.autograd.Function):
+    """residual_srelu, or residual_srelu_ over the branch if `inplace`, under autograd.
 
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    output, bias, *scaled = ctx.saved_tensors
-    if scaled:
-        branch, scale = scaled
-        grads = ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
-    else:
-        grad_sum, grad_bias = ops.srelu_backward(grad_output, output, bias)
-        grads = (grad_sum, grad_sum, grad_bias, None)
-    needed = ctx.needs_input_grad  # three of them in place, four otherwise
-    return tuple(g if n else None for g, n in zip(grads, needed, strict=False))
-
-
-def _save_double(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _double_backward(
-    ctx: Any, gg_shortcut: Tensor, gg_branch: Tensor, gg_bias: Tensor, gg_scale: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The backward is linear in g, in the branch and in s:
-
-    dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
+    In place only without a scale, since ds needs the branch.
     """
-    grad_output, output, branch, bias, scale = ctx.saved_tensors
-    taken = blocked(output, bias)
-    s, gg_s = scale.to(output.dtype).reshape(()), gg_scale.to(output.dtype).reshape(())
-    passed = gg_shortcut + s * gg_branch + gg_s * branch
-    grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed)
-    masked = torch.where(taken, 0, grad_output)
-    return grad_grad, None, gg_s * masked, None, (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
-
-
-torch.library.register_autograd("isonet_fast::residual_srelu", _backward, setup_context=_save)
-torch.library.register_autograd("isonet_fast::residual_srelu_backward", _double_backward, setup_context=_save_double)
-
-
-class ResidualSReLUInPlace(torch.autograd.Function):
-    """residual_srelu_ under autograd, over the branch; without a scale, since ds needs the branch."""
 
     @staticmethod
-    def forward(ctx: Any, shortcut: Tensor, branch: Tensor, bias: Tensor) -> Tensor:
-        ops.residual_srelu_(shortcut, branch, bias, None)
-        ctx.mark_dirty(branch)
-        ctx.save_for_backward(branch, bias)
-        return branch
+    def forward(
+        ctx: Any, shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, inplace: bool
+    ) -> Tensor:
+        if inplace:
+            ops.residual_srelu_(shortcut, branch, bias, scale)
+            ctx.mark_dirty(branch)
+            output = branch
+        else:
+            output = ops.residual_srelu(shortcut, branch, bias, scale)
+        ctx.save_for_backward(output, bias, *(() if scale is None else (branch, scale)))
+        return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        output, bias, *scaled = ctx.saved_tensors
+        grads: tuple[Tensor | None, ...]
+        if scaled:
+            function = ResidualSReLUBackward.apply if torch.is_grad_enabled() else ops.residual_srelu_backward
+            grads = function(grad_output, output, scaled[0], bias, scaled[1])
+        else:
+            grad_sum, grad_bias = gradients(grad_output, output, bias)
+            grads = grad_sum, grad_sum, grad_bias, None
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[:4], strict=True)), None
+
+
+class ResidualSReLUBackward(torch.autograd.Function):
+    """residual_srelu_backward under autograd, for second derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(grad_output, output, branch, bias, scale)
+        return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gg_shortcut: Tensor, gg_branch: Tensor, gg_bias: Tensor, gg_scale: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The backward is linear in g, in the branch and in s:
+
+        dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
+        """
+        grad_output, output, branch, bias, scale = ctx.saved_tensors
+        taken = blocked(output, bias)
+        s, gg_s = scale.to(output.dtype).reshape(()), gg_scale.to(output.dtype).reshape(())
+        passed = gg_shortcut + s * gg_branch + gg_s * branch
+        grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed)
+        masked = torch.where(taken, 0, grad_output)
+        return grad_grad, None, gg_s * masked, None, (masked * gg_branch).sum().to(scale.dtype).view_as(scale)

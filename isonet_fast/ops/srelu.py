@@ -1,6 +1,10 @@
 """SReLU as dispatcher ops: PyTorch implementation, fakes, autograd. Mathematics: `reference.srelu`.
 
-Only the output and the bias are saved, so the op can run in place; the mask is m = not (y <= b).
+Only the output and the bias are saved, so the op can run in place; the mask is m = not (y <= b). The bias holds C
+values in any shape, and its gradient has that shape: the layer's (1, C, 1, 1) needs no view and no autograd node.
+
+Autograd is a pair of `torch.autograd.Function`s around ops that know nothing of it: `register_autograd` refuses an op
+that mutates, and its Python wrapper around every call costs more than a small kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ from ._library import implement, ops
 
 
 def per_channel(bias: Tensor, x: Tensor) -> Tensor:
-    """bias (C,) rounded to x's dtype, in the shape that broadcasts over x (N, C, ...)."""
-    return bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+    """The C values of bias rounded to x's dtype, in the shape that broadcasts over x (N, C, ...)."""
+    return bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
 
 
 def blocked(output: Tensor, bias: Tensor) -> Tensor:
@@ -24,10 +28,10 @@ def blocked(output: Tensor, bias: Tensor) -> Tensor:
 
 
 def channel_sum(values: Tensor, bias: Tensor) -> Tensor:
-    """Sum over every axis but C, accumulated in float32 at least, in bias's dtype."""
+    """Sum over every axis but C, accumulated in float32 at least, in bias's dtype and shape."""
     dims = [d for d in range(values.dim()) if d != 1]
     wide = torch.promote_types(values.dtype, torch.float32)
-    return values.sum(dims, dtype=wide).to(bias.dtype)
+    return values.sum(dims, dtype=wide).to(bias.dtype).view(bias.shape)
 
 
 @implement("srelu")
@@ -62,39 +66,44 @@ def _srelu_backward_fake(grad_output: Tensor, output: Tensor, bias: Tensor) -> t
     return torch.empty_like(output), torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(output, inputs[1])
+def gradients(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, db), differentiable where somebody asks for that (create_graph=True)."""
+    if torch.is_grad_enabled():
+        return SReLUBackward.apply(grad_output, output, bias)
+    return ops.srelu_backward(grad_output, output, bias)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    output, bias = ctx.saved_tensors
-    grad_x, grad_bias = ops.srelu_backward(grad_output, output, bias)
-    return (grad_x if ctx.needs_input_grad[0] else None), (grad_bias if ctx.needs_input_grad[1] else None)
-
-
-def _save_double(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _double_backward(ctx: Any, grad_grad_x: Tensor, grad_grad_bias: Tensor) -> tuple[Tensor, None, None]:
-    """The backward is linear in g: dg = m ddx + (1 - m) ddb. The mask is piecewise constant in y and b."""
-    output, bias = ctx.saved_tensors
-    grad = torch.where(blocked(output, bias), per_channel(grad_grad_bias, grad_grad_x), grad_grad_x)
-    return grad, None, None
-
-
-torch.library.register_autograd("isonet_fast::srelu", _backward, setup_context=_save)
-torch.library.register_autograd("isonet_fast::srelu_backward", _double_backward, setup_context=_save_double)
-
-
-class SReLUInPlace(torch.autograd.Function):
-    """srelu_ under autograd; `register_autograd` refuses ops that mutate an input."""
+class SReLU(torch.autograd.Function):
+    """srelu, or srelu_ if `inplace`, under autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
-        ops.srelu_(x, bias)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x, bias)
-        return x
+    def forward(ctx: Any, x: Tensor, bias: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ops.srelu_(x, bias)
+            ctx.mark_dirty(x)
+            output = x
+        else:
+            output = ops.srelu(x, bias)
+        ctx.save_for_backward(output, bias)
+        return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x, grad_bias = gradients(grad_output, *ctx.saved_tensors)
+        return (grad_x if ctx.needs_input_grad[0] else None), (grad_bias if ctx.needs_input_grad[1] else None), None
+
+
+class SReLUBackward(torch.autograd.Function):
+    """srelu_backward under autograd, for second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(output, bias)
+        return ops.srelu_backward(grad_output, output, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_grad_x: Tensor, grad_grad_bias: Tensor) -> tuple[Tensor, None, None]:
+        """The backward is linear in g: dg = m ddx + (1 - m) ddb. The mask is piecewise constant in y and b."""
+        output, bias = ctx.saved_tensors
+        grad = torch.where(blocked(output, bias), per_channel(grad_grad_bias, grad_grad_x), grad_grad_x)
+        return grad, None, None

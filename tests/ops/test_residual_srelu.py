@@ -118,12 +118,13 @@ def test_gradcheck(form, device):
 
 
 def test_opcheck(device):
-    make = lambda *shape: torch.randn(shape, device=device, requires_grad=True)
-    shortcut, branch, bias, scale = make(2, 3, 4, 5), make(2, 3, 4, 5), make(3), make()
-    opcheck(ops.residual_srelu.default, (shortcut, branch, bias, scale))
-    opcheck(ops.residual_srelu.default, (shortcut, branch, bias, None))
-    opcheck(ops.residual_srelu_.default, (shortcut.detach(), branch.detach().clone(), bias.detach(), None))
-    opcheck(ops.residual_srelu_backward.default, (shortcut, shortcut.detach(), branch, bias, scale))
+    make = lambda *shape: torch.randn(shape, device=device)
+    shortcut, branch = make(2, 3, 4, 5), make(2, 3, 4, 5)
+    for bias, scale in ((make(3), make()), (make(1, 3, 1, 1), make(1, 1, 1, 1))):
+        opcheck(ops.residual_srelu.default, (shortcut, branch, bias, scale))
+        opcheck(ops.residual_srelu.default, (shortcut, branch, bias, None))
+        opcheck(ops.residual_srelu_.default, (shortcut, branch.clone(), bias, None))
+        opcheck(ops.residual_srelu_backward.default, (shortcut, branch, shortcut, bias, scale))
 
 
 @pytest.mark.parametrize("form", FORMS)
