@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isonet_fast import OrthoRegularizer, param_groups
 from isonet_fast.models.official import official
+from isonet_fast.train.import_torchvision import import_torchvision
 
 from .bench_orthogonality import penalised
 from .bench_orthogonality import truth as penalty_truth
@@ -111,9 +112,9 @@ def flops(model: nn.Module, x: Tensor) -> float:
 
 
 def torchvision_resnet(depth: int) -> nn.Module | None:
-    """ResNet with BatchNorm; None where torchvision is absent or does not load beside this torch."""
+    """ResNet with BatchNorm; None where no torchvision fits this torch."""
     try:
-        from torchvision import models
-    except (ImportError, RuntimeError):
+        models = import_torchvision().models
+    except ModuleNotFoundError:
         return None
     return getattr(models, f"resnet{depth}")()

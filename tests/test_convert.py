@@ -11,6 +11,7 @@ from torch import nn
 
 import isonet_fast
 from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, convert
+from isonet_fast.train.import_torchvision import import_torchvision
 
 
 def SReLU(channels: int) -> nn.Module:
@@ -147,10 +148,7 @@ def test_not_a_module() -> None:
 
 
 def test_torchvision_resnet() -> None:
-    try:
-        from torchvision.models import resnet18
-    except (ImportError, RuntimeError) as error:  # its wheel may not fit this torch
-        pytest.skip(f"no usable torchvision: {error}")
+    resnet18 = import_torchvision().models.resnet18
     torch.manual_seed(0)
     model = resnet18().eval()
     reference, state = copy.deepcopy(model), list(model.state_dict())

@@ -1,27 +1,23 @@
 """The data sets: `imagefolder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `digits`, `synthetic[:IMAGES]`.
 
-Each gives an example by its index and a `random.Random` of that example alone (None when evaluating): the same image in
-whatever order, worker or run it is asked for.
+Each gives an example by its index; what its augmentation draws comes from torch's generator, which the loader seeds for
+that example alone: the same image in whatever order, worker or run it is asked for.
 """
 
 from __future__ import annotations
 
-import random
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
-from . import cifar, transforms
 from .config import Data
 from .digits import digits
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 class Corrupt(Exception):
@@ -38,7 +34,7 @@ class Corrupt(Exception):
 class Examples(Protocol):
     def __len__(self) -> int: ...
 
-    def example(self, index: int, rng: random.Random | None) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         """float32 (C, H, W) and its label; raises Corrupt."""
 
 
@@ -65,89 +61,15 @@ def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
         raise ValueError(f"{kind} needs a directory: --data {kind}:DIR")
     if kind == "digits":
         images, labels, *test = digits()
-        return Source(Tensors(images, labels), Tensors(test[0], test[1]), 10, 1)
+        return Source(TensorDataset(images, labels), TensorDataset(*test), 10, 1)
     if kind == "synthetic":
         return synthetic(argument, config.image_size, seed)
+    from . import vision  # torchvision, which the others do without
+
     directory = Path(argument).expanduser()
     if kind == "imagefolder":
-        return _imagefolder(directory, config.image_size, evaluating)
-    val = Tensors(*cifar.load(kind, directory, train=False), augmented=_cifar)
-    train = val if evaluating else Tensors(*cifar.load(kind, directory, train=True), augmented=_cifar)
-    return Source(train, val, cifar.FILES[kind].classes, 3)
-
-
-def _imagefolder(directory: Path, size: int, evaluating: bool) -> Source:
-    val = ImageFolder(directory / "val", size)
-    train = val if evaluating else ImageFolder(directory / "train", size)
-    if train.classes != val.classes:
-        different = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"{directory}: train and val differ in their classes: {', '.join(different[:5])}")
-    return Source(train, val, len(val.classes), 3)
-
-
-class Tensors:
-    """Images in memory; `augmented(image, rng)` makes an example of one."""
-
-    def __init__(
-        self, images: Tensor, labels: Tensor, augmented: Callable[[Tensor, random.Random | None], Tensor] | None = None
-    ) -> None:
-        self.images, self.labels, self.augmented = images, labels.tolist(), augmented
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def example(self, index: int, rng: random.Random | None) -> tuple[Tensor, int]:
-        image = self.images[index]
-        return (image if self.augmented is None else self.augmented(image, rng)), self.labels[index]
-
-
-def _cifar(image: Tensor, rng: random.Random | None) -> Tensor:
-    """Random crop with four pixels of padding and flip when training; normalised."""
-    return transforms.normalise(image if rng is None else transforms.padded_crop(image, 4, rng), *transforms.CIFAR)
-
-
-class ImageFolder:
-    """DIR/CLASS/**/IMAGE, classes in alphabetical order; read with Pillow."""
-
-    def __init__(self, directory: Path, size: int) -> None:
-        try:
-            import PIL.Image  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("images are read with Pillow: pip install 'isonet_fast[vision]'") from error
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{directory} is no directory; an imagefolder holds train/CLASS/ and val/CLASS/")
-        self.size = size
-        self.classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-        self.files = [
-            (str(path), label)
-            for label, name in enumerate(self.classes)
-            for path in sorted((directory / name).rglob("*"))
-            if path.suffix.lower() in _EXTENSIONS and path.is_file()
-        ]
-        empty = set(range(len(self.classes))) - {label for _, label in self.files}
-        if not self.classes or empty:
-            where = directory / self.classes[min(empty)] if self.classes else directory
-            raise FileNotFoundError(f"no images in {where}; an imagefolder holds train/CLASS/ and val/CLASS/")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def example(self, index: int, rng: random.Random | None) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        path, label = self.files[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-            if rng is None:
-                return transforms.eval_image(image, self.size), label
-            return transforms.train_image(image, self.size, rng), label
-        except OSError as error:
-            if error.errno is not None:  # the disk or the system, not the image: must not pass unseen
-                raise
-            raise Corrupt(path, str(error)) from None
-        except (SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-            raise Corrupt(path, f"{type(error).__name__}: {error}") from None
+        return vision.imagefolder(directory, config.image_size, evaluating)
+    return vision.cifar(kind, directory, evaluating)
 
 
 class Synthetic:
@@ -162,7 +84,7 @@ class Synthetic:
     def __len__(self) -> int:
         return self.count
 
-    def example(self, index: int, rng: random.Random | None) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         generator = torch.Generator().manual_seed(self.seed + index)
         label = index % self.CLASSES
         return self.patterns[label] + torch.randn(3, self.size, self.size, generator=generator), label

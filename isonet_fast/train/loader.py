@@ -61,11 +61,14 @@ class _Items(Dataset):
 
     def __getitem__(self, key: Key) -> Item:
         epoch, index = key
-        rng = random.Random(f"{self.seed}/{epoch}/{index}") if epoch else None
-        try:
-            return self.examples.example(index, rng)
-        except Corrupt as corrupt:
-            return corrupt
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the same generator, and must not notice
+            # of the CPU alone: torch.manual_seed would seed those of the GPUs too
+            torch.default_generator.manual_seed(random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32))
+            try:
+                image, label = self.examples[index]
+            except Corrupt as corrupt:
+                return corrupt
+        return image, int(label)
 
 
 class Loader:

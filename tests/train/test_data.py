@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from isonet_fast.train import transforms
 from isonet_fast.train.config import Config, Data
-from isonet_fast.train.datasets import Corrupt, ImageFolder, open_source
+from isonet_fast.train.datasets import Corrupt, Synthetic, open_source
 from isonet_fast.train.loader import Loader, WorkerDied
+
+
+@pytest.fixture
+def vision() -> ModuleType:
+    """Imported where it is needed: a GPU machine without torchvision collects this file, and runs none of it."""
+    from isonet_fast.train import vision
+
+    return vision
+
 
 # -- order ---------------------------------------------------------------
 
@@ -36,32 +48,54 @@ def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(small: Cal
     assert len(loader(small("data.batch_size=10"))) == 4  # the rest is dropped
 
 
-def test_a_started_epoch_goes_on_where_it_was(photographs: Path) -> None:
+def test_a_started_epoch_goes_on_where_it_was(photographs: Path, vision: ModuleType) -> None:
     """The same batches from position 2 on, with workers or without, with their random crops."""
-    folder = ImageFolder(photographs / "train", 24)
-    kinds = [Loader(folder, 4, workers, 7, True, False) for workers in (0, 2)]
+    folder = vision.ImageFolder(photographs / "train", vision.training(24))
+    kinds = [Loader(folder, 4, workers, 7, True, False) for workers in (0, 1, 2)]
     whole = list(kinds[0].batches(3))
-    for part in (list(kinds[1].batches(3, 2)), list(kinds[0].batches(3, 2))):
+    for kind in kinds:
+        part = list(kind.batches(3, 2))
         assert len(part) == len(whole) - 2 == 2
         for a, b in zip(whole[2:], part, strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
     following = [next(iter(list(kind.batches(4)))).images for kind in kinds]  # the workers live on
-    assert torch.equal(*following) and not torch.equal(whole[0].images, following[0])
+    assert torch.equal(following[0], following[1]) and torch.equal(following[0], following[2])
 
 
-def test_loading_leaves_the_global_generator_alone(small: Callable[..., Config]) -> None:
-    before = torch.get_rng_state()
-    list(loader(small()).batches(1))
-    assert torch.equal(before, torch.get_rng_state())
+def test_an_augmentation_follows_from_seed_epoch_and_index(photographs: Path, vision: ModuleType) -> None:
+    folder = vision.ImageFolder(photographs / "train", vision.training(24))
+
+    def first(seed: int, epoch: int) -> Tensor:
+        return Loader(folder, 4, 0, seed, True, False).loader.dataset[epoch, 0][0]
+
+    assert torch.equal(first(7, 3), first(7, 3))
+    assert not torch.equal(first(7, 3), first(7, 4)) and not torch.equal(first(7, 3), first(8, 3))
 
 
-class Deadly(ImageFolder):
-    def example(self, index: int, rng: random.Random | None) -> tuple[torch.Tensor, int]:
+@pytest.mark.parametrize("train", [True, False])
+def test_loading_leaves_every_generator_alone(
+    train: bool, photographs: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws from torch's: a run that resumes within an epoch must find it as it was."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
+
+    def states() -> tuple:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    transform = vision.training(16) if train else vision.evaluation(16)
+    before = states()
+    batches = list(Loader(vision.ImageFolder(photographs / "train", transform), 4, 0, 0, train, False).batches(1))
+    assert any(batch.corrupt for batch in batches)  # that way out, too
+    assert states() == before
+
+
+class Deadly(Synthetic):
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         os._exit(3)
 
 
-def test_a_worker_that_dies_is_reported(photographs: Path) -> None:
-    loaded = Loader(Deadly(photographs / "val", 16), 2, 1, 0, False, False)
+def test_a_worker_that_dies_is_reported() -> None:
+    loaded = Loader(Deadly(4, 8, 0), 2, 1, 0, False, False)
     with pytest.raises(WorkerDied, match=r"DataLoader worker .* exited unexpectedly.*fewer data\.workers"):
         list(loaded.batches())
 
@@ -78,8 +112,9 @@ def test_more_batch_than_images(small: Callable[..., Config]) -> None:
         ("imagenet", "unknown data set 'imagenet'; use --data"),
         ("imagefolder", "imagefolder needs a directory: --data imagefolder:DIR"),
         ("synthetic:0", "needs a positive number of images, got '0'"),
-        ("imagefolder:/nowhere", "val is no directory; an imagefolder holds train/CLASS/ and val/CLASS/"),
-        ("cifar10:/nowhere", r"no cifar10 in .*expected cifar-10-batches-py/.*nothing is downloaded"),
+        ("imagefolder:/nowhere", "/nowhere/val'; an imagefolder holds train/CLASS/ and val/CLASS/"),
+        ("cifar10:/nowhere", r"no cifar10 in /nowhere: data_batch_1 .*expected cifar-10-batches-py/.*not.* downloaded"),
+        ("cifar100:/nowhere", r"no cifar100 in /nowhere: train .*expected cifar-100-python/"),
     ],
 )
 def test_sources_that_are_none(source: str, message: str) -> None:
@@ -90,27 +125,37 @@ def test_sources_that_are_none(source: str, message: str) -> None:
 # -- images ---------------------------------------------------------------
 
 
-def test_corrupt_images_are_named(photographs: Path) -> None:
+def test_corrupt_images_are_named(photographs: Path, vision: ModuleType) -> None:
     (photographs / "train" / "cat" / "0.jpg").write_bytes(b"not an image")
-    loaded = Loader(ImageFolder(photographs / "train", 16), 18, 0, 0, True, False)
-    (batch,) = loaded.batches(1)
+    folder = vision.ImageFolder(photographs / "train", vision.training(16))
+    (batch,) = Loader(folder, 18, 0, 0, True, False).batches(1)
     assert len(batch.images) == len(batch.labels) == 16
     assert sorted(os.path.relpath(c.path, photographs) for c in batch.corrupt) == ["train/cat/0.jpg", "train/dog/4.jpg"]
     assert any("truncated" in c.reason for c in batch.corrupt)
     assert str(pickle.loads(pickle.dumps(batch.corrupt[0]))) == str(batch.corrupt[0])
 
 
-def test_trouble_of_the_disk_is_not_taken_for_a_corrupt_image(photographs: Path) -> None:
-    folder = ImageFolder(photographs / "train", 16)
+def test_a_decompression_bomb_is_corrupt(
+    photographs: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(Corrupt, match="DecompressionBombError"):
+        vision.ImageFolder(photographs / "val", vision.evaluation(16))[0]
+
+
+def test_trouble_of_the_disk_is_not_taken_for_a_corrupt_image(photographs: Path, vision: ModuleType) -> None:
+    folder = vision.ImageFolder(photographs / "train", vision.evaluation(16))
     (photographs / "train" / "cat" / "0.jpg").unlink()
     with pytest.raises(FileNotFoundError):
-        folder.example(0, None)
+        folder[0]
 
 
-def test_a_class_without_images(photographs: Path) -> None:
+def test_a_class_without_images(photographs: Path, vision: ModuleType) -> None:
     (photographs / "val" / "emu").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no images in .*emu"):
-        ImageFolder(photographs / "val", 16)
+    with pytest.raises(FileNotFoundError, match=r"no valid file for the classes emu.*holds train/CLASS/ and val/CLASS"):
+        vision.ImageFolder(photographs / "val", vision.evaluation(16))
 
 
 def test_train_and_val_of_other_classes(photographs: Path) -> None:
@@ -119,108 +164,103 @@ def test_train_and_val_of_other_classes(photographs: Path) -> None:
         open_source(Data(source=f"imagefolder:{photographs}"), 0)
 
 
-def test_random_crops_have_the_prescribed_area_and_aspect() -> None:
-    rng = random.Random(0)
-    areas = []
-    for _ in range(2000):
-        left, top, right, bottom = transforms.random_crop(500, 375, rng)
-        assert 0 <= left < right <= 500 and 0 <= top < bottom <= 375
-        width, height = right - left, bottom - top
-        assert 0.74 < width / height < 1.35
-        areas.append(width * height / (500 * 375))
-    assert min(areas) < 0.09 and max(areas) > 0.9 and all(0.079 < a < 1.01 for a in areas)
-    # an image no crop of allowed aspect fits: the largest central one
-    assert transforms.random_crop(1000, 10, rng) == (493, 0, 506, 10)
-
-
-@pytest.mark.parametrize(("size", "expected"), [((100, 50), (64, 32)), ((50, 99), (32, 63)), ((7, 7), (32, 32))])
-def test_shorter_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    from PIL import Image
-
-    assert transforms.resize_shorter(Image.new("RGB", size), 32).size == expected
-
-
-def test_evaluation_is_the_centre_of_the_resized_image() -> None:
+def test_evaluation_is_the_centre_of_the_resized_image(vision: ModuleType) -> None:
     """224 of 256, normalised by ImageNet's mean and deviation."""
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8)
-    got = transforms.eval_image(Image.fromarray(pixels), 224)
-    mean, deviation = (np.array(values, np.float32) for values in transforms.IMAGENET)
-    expected = ((pixels[16:240, 38:262] / np.float32(255) - mean) / deviation).transpose(2, 0, 1)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5, atol=1e-6)
+    got = vision.evaluation(224)(Image.fromarray(pixels))
+    np.testing.assert_allclose(got.numpy(), normalised(pixels[16:240, 38:262], vision.IMAGENET), rtol=1e-5, atol=1e-6)
+    assert vision.evaluation(32)(Image.new("RGB", (500, 40))).shape == (3, 32, 32)
 
 
-def test_the_same_arithmetic_as_torchvision() -> None:
-    try:
-        from torchvision.transforms import functional as tv
-    except (ImportError, RuntimeError) as error:  # its wheel may not fit this torch
-        pytest.skip(f"no usable torchvision: {error}")
+def normalised(pixels: np.ndarray, statistics: tuple) -> np.ndarray:
+    """uint8 (H, W, 3) -> float32 (3, H, W)."""
+    mean, deviation = (np.array(values, np.float32) for values in statistics)
+    return ((pixels / np.float32(255) - mean) / deviation).transpose(2, 0, 1)
+
+
+def test_training_crops_part_of_the_image_and_flips_it(vision: ModuleType) -> None:
+    """On an image whose red grows to the right and whose green grows downwards, a crop shows where it lay."""
     from PIL import Image
 
-    pixels = np.random.default_rng(0).integers(0, 256, (301, 417, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels)
-    expected = tv.normalize(tv.to_tensor(tv.center_crop(tv.resize(image, 256), 224)), *transforms.IMAGENET)
-    assert torch.equal(transforms.eval_image(image, 224), expected)
-    left, top, right, bottom = transforms.random_crop(417, 301, random.Random(5))
-    crop = tv.resized_crop(image, top, left, bottom - top, right - left, [64, 64])
-    expected = tv.normalize(tv.to_tensor(crop), *transforms.IMAGENET)
-    got = transforms.train_image(image, 64, random.Random(5))
-    assert torch.equal(got, expected) or torch.equal(got, expected.flip(-1))
-
-
-def test_padded_crop() -> None:
-    x = torch.arange(1, 3 * 36 + 1, dtype=torch.uint8).view(3, 6, 6)
-    seen = {tuple(transforms.padded_crop(x, 2, random.Random(n)).flatten().tolist()) for n in range(400)}
-    assert len(seen) == 50  # 5 x 5 positions, flipped or not
-    assert tuple(x.flatten().tolist()) in seen
+    ramp = np.linspace(0, 255, 200).astype(np.uint8)
+    pixels = np.stack([*np.broadcast_arrays(ramp[None, :], ramp[:, None]), np.zeros((200, 200), np.uint8)], axis=-1)
+    image, transform = Image.fromarray(pixels), vision.training(32)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in vision.IMAGENET)
+    areas, flips = [], 0
+    for _ in range(200):
+        x = transform(image) * deviation + mean
+        assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and -1e-5 < x.min() and x.max() < 1 + 1e-5
+        width, height = x[0, 0, -1] - x[0, 0, 0], x[1, -1, 0] - x[1, 0, 0]
+        flips += bool(width < 0)
+        areas.append((width.abs() * height).item())
+    assert 60 < flips < 140
+    assert min(areas) < 0.2 and max(areas) > 0.75 and min(areas) > 0.05
 
 
 # -- CIFAR ---------------------------------------------------------------
 
 
 @pytest.fixture
-def cifar(tmp_path: Path) -> tuple[Path, np.ndarray, np.ndarray]:
-    """Both versions of both data sets, four images per file."""
+def cifar(tmp_path: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray, np.ndarray]:
+    """Both data sets as their archives unpack, four images a file (20 in CIFAR-100's train), with the sums to match."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 3072), dtype=np.uint8)
-    labels = rng.integers(0, 10, 24)
-    ten = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
-    for directory in (
-        "py/cifar-10-batches-py",
-        "bin/cifar-10-batches-bin",
-        "py/cifar-100-python",
-        "bin/cifar-100-binary",
-    ):
-        (tmp_path / directory).mkdir(parents=True)
-    for n, name in enumerate(ten):
-        part = slice(4 * n, 4 * n + 4)
-        batch = {b"data": images[part], b"labels": labels[part].tolist(), b"batch_label": b"x"}
-        (tmp_path / "py/cifar-10-batches-py" / name).write_bytes(pickle.dumps(batch, protocol=2))
-        rows = np.concatenate([labels[part, None].astype(np.uint8), images[part]], axis=1)
-        (tmp_path / "bin/cifar-10-batches-bin" / f"{name}.bin").write_bytes(rows.tobytes())
-    for name, part in (("train", slice(0, 20)), ("test", slice(20, 24))):
-        batch = {b"data": images[part], b"fine_labels": (labels[part] + 90).tolist(), b"coarse_labels": [0] * 20}
-        (tmp_path / "py/cifar-100-python" / name).write_bytes(pickle.dumps(batch, protocol=2))
-        fine = (labels[part, None] + 90).astype(np.uint8)
-        rows = np.concatenate([np.zeros_like(fine), fine, images[part]], axis=1)
-        (tmp_path / "bin/cifar-100-binary" / f"{name}.bin").write_bytes(rows.tobytes())
-    return tmp_path, images, labels
+    labels = rng.integers(0, 10, 24).tolist()
+    for data_set, key in ((vision.CIFAR10, "labels"), (vision.CIFAR100, "fine_labels")):
+        directory = tmp_path / data_set.base_folder
+        directory.mkdir()
+        at = 0
+        for part in ("train_list", "test_list"):
+            sums = []
+            for name, _ in getattr(data_set, part):
+                count = 20 if name == "train" else 4
+                batch = {"data": images[at : at + count], key: labels[at : at + count]}
+                sums.append([name, write(directory / name, batch)])
+                at += count
+            monkeypatch.setattr(data_set, part, sums)
+        names = [f"class {n}" for n in range(100 if key == "fine_labels" else 10)]
+        digest = write(directory / data_set.meta["filename"], {data_set.meta["key"]: names})
+        monkeypatch.setattr(data_set, "meta", {**data_set.meta, "md5": digest})
+    return tmp_path, images, np.array(labels)
 
 
-@pytest.mark.parametrize("version", ["py", "bin"])
-@pytest.mark.parametrize(("name", "offset", "classes"), [("cifar10", 0, 10), ("cifar100", 90, 100)])
-def test_cifar(cifar: tuple, version: str, name: str, offset: int, classes: int) -> None:
+def write(path: Path, content: object) -> str:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "classes"),
+    [("cifar10", "", 10), ("cifar10", "cifar-10-batches-py", 10), ("cifar100", "", 100)],
+)
+def test_cifar(cifar: tuple, vision: ModuleType, name: str, inside: str, classes: int) -> None:
     root, images, labels = cifar
-    source = open_source(Data(source=f"{name}:{root / version}"), 0)
+    source = open_source(Data(source=f"{name}:{root / inside}"), 0)
     assert (len(source.train), len(source.val), source.num_classes, source.channels) == (20, 4, classes, 3)
-    image, label = source.val.example(1, None)
-    mean, deviation = (np.array(v, np.float32)[:, None, None] for v in transforms.CIFAR)
-    expected = (images[21].reshape(3, 32, 32) / np.float32(255) - mean) / deviation
+    image, label = source.val[1]
+    expected = normalised(images[21].reshape(3, 32, 32).transpose(1, 2, 0), vision.CIFAR)
     np.testing.assert_allclose(image.numpy(), expected, rtol=1e-5, atol=1e-6)
-    assert label == labels[21] + offset
-    augmented = [source.train.example(0, random.Random(n))[0] for n in (1, 1, 2)]
+    assert label == labels[21]
+    items = Loader(source.train, 4, 0, 0, True, False).loader.dataset
+    augmented = [items[epoch, 0][0] for epoch in (1, 1, 2)]
     assert torch.equal(augmented[0], augmented[1]) and not torch.equal(augmented[0], augmented[2])
+    assert len(open_source(Data(source=f"{name}:{root}"), 0, evaluating=True).train) == 4
+
+
+def test_cifar_crops_out_of_four_black_pixels_and_flips(cifar: tuple, vision: ModuleType) -> None:
+    root, images, _ = cifar
+    train = open_source(Data(source=f"cifar10:{root}"), 0).train
+    padded = np.pad(images[0].reshape(3, 32, 32), ((0, 0), (4, 4), (4, 4))).transpose(1, 2, 0)
+    crops = [normalised(padded[y : y + 32, x : x + 32], vision.CIFAR) for y in range(9) for x in range(9)]
+    possible = np.stack([*crops, *(crop[:, :, ::-1] for crop in crops)])
+    seen = set()
+    for _ in range(60):
+        far = np.abs(possible - train[0][0].numpy()).max(axis=(1, 2, 3))
+        assert far.min() < 1e-5
+        seen.add(int(far.argmin()))
+    assert len(seen) > 30 and min(seen) < 81 <= max(seen)
 
 
 class Malicious:
@@ -231,23 +271,35 @@ class Malicious:
         return os.mkdir, (self.target,)
 
 
-def test_a_malicious_cifar_batch_runs_nothing(cifar: tuple) -> None:
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_a_malicious_cifar_file_runs_nothing(cifar: tuple, name: str) -> None:
     root = cifar[0]
-    payload = pickle.dumps({b"data": Malicious(str(root / "owned"))})
-    (root / "py/cifar-10-batches-py/test_batch").write_bytes(payload)
-    with pytest.raises(ValueError, match=r"test_batch is refused: it asks for .*\.mkdir; only arrays"):
-        open_source(Data(source=f"cifar10:{root / 'py'}"), 0)
+    payload = pickle.dumps({"data": Malicious(str(root / "owned"))})
+    (root / "cifar-10-batches-py" / name).write_bytes(payload)
+    with pytest.raises(FileNotFoundError, match=f"no cifar10 in {root}: {name} is missing or not that of the authors"):
+        open_source(Data(source=f"cifar10:{root}"), 0)
     assert not (root / "owned").exists()
+    pickle.loads(payload)
+    assert (root / "owned").exists()  # it would have run
 
 
-@pytest.mark.parametrize(
-    ("version", "name"), [("py/cifar-10-batches-py", "test_batch"), ("bin/cifar-10-batches-bin", "test_batch.bin")]
-)
-def test_a_cut_cifar_batch(cifar: tuple, version: str, name: str) -> None:
-    path = cifar[0] / version / name
+def test_a_cut_cifar_file(cifar: tuple) -> None:
+    path = cifar[0] / "cifar-100-python" / "test"
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        open_source(Data(source=f"cifar10:{path.parent}"), 0)
+    with pytest.raises(
+        FileNotFoundError, match=r"test is missing or not that of the authors; expected cifar-100-python"
+    ):
+        open_source(Data(source=f"cifar100:{path.parent}"), 0)
+
+
+def test_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to install, and without replacing the torch that is there."""
+    from isonet_fast.train.import_torchvision import import_torchvision
+
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    version = torch.__version__.partition("+")[0]
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'isonet_fast\[vision\]' torch=={version} "):
+        import_torchvision()
 
 
 def test_corrupt_reads_well() -> None:
