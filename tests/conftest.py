@@ -1,6 +1,13 @@
 """One suite for every device: `pytest --device cuda` runs, on that device, the tests that take `device`."""
 
+import os
+
 import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:  # set before torch is imported, and inherited by the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
 import torch
 
 
