@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test parity check kernels bench wheel test-gpu bench-gpu install-gpu clean
+.PHONY: help demo test check kernels bench wheel test-gpu bench-gpu install-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
@@ -19,10 +19,7 @@ demo: $(READY)  ## train a 32-layer network without normalisation on real digits
 	$(BIN)/isonet-fast demo
 
 test: $(READY)  ## the whole suite, on the CPU
-	$(BIN)/python -m pytest tests
-
-parity: $(READY)  ## all eight networks, three training steps each, against the official numbers
-	ISONET_FAST_PARITY=full $(BIN)/python -m pytest tests/parity
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -41,8 +41,8 @@ class Layer:
     def _phases(self) -> int:
         """prod r_i: how many input phases of the stride cell the taps reach."""
         phases = 1
-        for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False):
-            phases *= min(k, s // math.gcd(e, s))
+        for k, step in zip(self.kernel, self.steps, strict=True):
+            phases *= min(k, step)
         return phases
 
     @property
@@ -77,6 +77,11 @@ class Layer:
             return 0.0
         return self.groups * max(0, self.rows - self.columns * self._phases) / 2
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Per dimension, what every t in T is a multiple of: s_i / gcd(e_i, s_i)."""
+        return tuple(s // math.gcd(e, s) for _, s, e in zip(self.kernel, self.stride, self.dilation, strict=False))
+
     @cached_property
     def offsets(self) -> tuple[tuple[int, ...], ...]:
         """Half of T, t = 0 first: G_{-t} is the transpose of G_t, so the other half is not computed.
@@ -84,8 +89,7 @@ class Layer:
         T = {t : |t_i| <= k_i - 1 and e_i t_i divisible by s_i}.
         """
         ranges = [
-            [t for t in range(1 - k, k) if e * t % s == 0]
-            for k, s, e in zip(self.kernel, self.stride, self.dilation, strict=False)
+            [t for t in range(1 - k, k) if t % step == 0] for k, step in zip(self.kernel, self.steps, strict=True)
         ]
         zero = (0,) * len(self.kernel)
         return tuple(t for t in itertools.product(*ranges) if t >= zero)

@@ -472,8 +472,7 @@ def _whole_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
     transposed one. The index of offset t is (line of t) * width of T + (column of t)."""
     _, ky, kx = p.kernel
     _, uy, ux = u
-    steps = [s // math.gcd(s, e) for s, e in zip(p.layer.stride, p.layer.dilation, strict=True)]
-    sy, sx = ([1, 1, *steps] if p.layer.kernel else [1, 1])[-2:]
+    sy, sx = (1, 1, *p.layer.steps)[-2:]
     offsets_wide = 2 * ((kx - 1) // sx) + 1
     width = (kx - 1 - ux % sx) // sx + 1
     lines = (ky - 1 - uy % sy) // sy + 1
