@@ -1,5 +1,5 @@
-"""Our networks against numbers of the official code (`make_golden.py`), in float64: the first step's logits, penalty and
-every gradient, and every weight after three training steps."""
+"""Our networks against numbers of the official code (`make_golden.py`), in float64: the first step's logits, penalty
+and every gradient, and every weight after three training steps."""
 
 from __future__ import annotations
 
