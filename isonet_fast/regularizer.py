@@ -57,17 +57,26 @@ class OrthoRegularizer:
     (EMA) weights are seen. Parametrized weights are left out with a warning: reading one can advance a power
     iteration.
 
-    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed.
+    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
+        the network after `fully_shard`.
     coeff: a float, or `callable(name, module) -> float` asked once per layer.
     penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
     filter: `callable(name, module) -> bool`; None: the official rule, all but 7x7 kernels and three input channels.
     interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`.
-    shard_group: a process group over which the work is split by (layer, offset); each rank's share is multiplied by the
-        number of ranks, so that the gradient averaging of data parallelism yields the exact full gradient.
+    shard_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
+        its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
     precision: as for `functional.orthogonality_loss`.
 
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
-    `shard_group`: of this rank's share).
+    `shard_group`: of this rank's share; `last_total()` adds the shares).
+
+    FSDP2 (`fully_shard`: every penalised weight, over one one-dimensional mesh). One all-gather makes the float32
+    masters whole; `.grad` receives the whole penalty's gradient beside the mean of the ranks' other gradients, in every
+    order of calls. With `shard_group`, which must have the mesh's ranks, each computes its share and one reduce-scatter
+    adds them; without it each computes everything. Every rank must make the same calls, `summary()` too. The autograd
+    form adds to `.grad` at the end of the backward pass, so that `torch.autograd.grad` does not see it.
+
+    Raises at the first call ValueError for weights sharded otherwise, and RuntimeError if `fully_shard` came later.
     """
 
     def __init__(
@@ -132,7 +141,11 @@ class OrthoRegularizer:
         """The weight as it is now. Between forward and backward FSDP2 may have a gathered copy in a shard's place, in
         low precision; then the shard."""
         weight = _weight(module)
-        return weight if weight is None or is_sharded(weight) else self._sharded.get(module, weight)
+        if weight is None:
+            return None
+        if is_sharded(weight) and module not in self._sharded:
+            raise RuntimeError("OrthoRegularizer was made before fully_shard; make it afterwards")
+        return weight if is_sharded(weight) else self._sharded.get(module, weight)
 
     def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
         """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded."""
@@ -145,7 +158,7 @@ class OrthoRegularizer:
             else:
                 weights.setdefault(id(weight), (weight, module, chosen, value))
         now = [w for w, *_ in weights.values()]
-        key = tuple((w.shape, m) for w, m, *_ in weights.values())
+        key = tuple((w.shape, m, is_sharded(w)) for w, m, *_ in weights.values())
         if key not in self._problems:
             layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
             scale = self.interval * self._shard[1]
@@ -178,10 +191,11 @@ class OrthoRegularizer:
         """Add grad_scale * coeff * dpenalty/dW to every weight's `.grad`; returns sum of coeff * penalty.
 
         Once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before they
-        are clipped. Saves the autograd engine's addition per weight. With `shard_group` it must come before the
-        backward that synchronises the gradients: its share has to be averaged with them.
+        are clipped. Saves the autograd engine's addition per weight. Under DistributedDataParallel with `shard_group`
+        it must come before the backward that synchronises the gradients: its share has to be averaged with them. Under
+        FSDP2 it may come before or after.
 
-        Raises RuntimeError where it comes after that backward.
+        Raises RuntimeError under DistributedDataParallel where it comes after that backward.
         """
         if not self._due():
             return self._zero()

@@ -1,11 +1,11 @@
 """Weights that FSDP2 has spread over ranks: made whole by one all-gather, their gradient brought back to the shards.
 
-    whole = shards.gather(weights)            one collective for all weights, in float32 (float64 for float64)
-    shards.add_(weights, gradients)           each rank's rows of the gradients, added to its shard of `.grad`
+    whole = shards.gather(weights)      one collective for all weights, in float32 (float64 for float64)
+    shards.add_(weights, gradients)     each rank's rows of the gradients, added to its shard of `.grad`
 
-FSDP2 (`torch.distributed.fsdp.fully_shard`) averages what reaches its unsharded weights, in its own time and on its own
-streams. The penalty bypasses that: its gradient is exact on every rank, so it is added to the shards' `.grad` once, and
-FSDP adds the mean of the ranks' other gradients before or after.
+FSDP2 (`torch.distributed.fsdp.fully_shard`) averages what reaches its gathered weights over the ranks and adds that to
+the shards' `.grad`. The penalty's gradient goes there directly, before or after, and is not averaged again: `.grad` is
+the mean of the ranks' task gradients plus the whole gradient of the penalty.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Shards:
         return list(_Gather.apply(self, *weights))
 
     def zeros(self, whole: Tensor) -> Tensor:
-        """A buffer for the gradients of all whole weights, in the dtype and on the device of this one."""
+        """A buffer for the gradients of all weights, in the dtype and on the device of this whole one."""
         return whole.new_zeros(sum(self.sizes) * self.ranks)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -95,7 +95,7 @@ class Shards:
         dtype = max(map(wide_dtype, rows), key=lambda d: d.itemsize)
         mine = torch.zeros(sum(self.sizes), dtype=dtype, device=rows[0].device)
         torch._foreach_copy_([m[: r.numel()].view_as(r) for m, r in zip(mine.split(self.sizes), rows)], rows)
-        everyones, buffer = mine.new_empty(self.ranks * len(mine)), self.zeros(mine)
+        everyones, buffer = (mine.new_empty(self.ranks * len(mine)) for _ in range(2))
         _collective("all_gather_single", "all_gather_into_tensor")(everyones, mine, group=self.group)
         torch._foreach_copy_(self._parts(buffer), self._columns(everyones))
         return self.views(buffer)
@@ -117,11 +117,11 @@ class Shards:
 
 
 class _Gather(torch.autograd.Function):
-    """Shards to whole weights. Its backward returns no gradients but adds them to `.grad`, when all else is done.
+    """Shards to whole weights. Its backward adds the gradients to `.grad` itself, when all else is done.
 
-    FSDP writes to the same `.grad`s during the pass, on a CUDA stream that the autograd engine does not know of. At the
-    end of the pass FSDP makes the current stream wait for its own; that is a callback of the engine. A callback made in
-    a callback comes after it, whichever part of the loss was computed first.
+    During the pass FSDP writes to the same `.grad`s, on a CUDA stream that the autograd engine does not know of; at its
+    end, in a callback of the engine, it makes the current stream wait for that one. A callback queued by a callback
+    comes later still, whichever part of the loss was computed first.
     """
 
     @staticmethod

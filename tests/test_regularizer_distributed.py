@@ -23,7 +23,7 @@ from .processes import outcomes
 
 DOUBLE = torch.float64
 COEFF = 0.1
-STEPS = 3
+STEPS = 2
 
 
 def network(dtype=DOUBLE):
@@ -231,8 +231,8 @@ def fsdp_steps(form, split, each, set_to_none=True):
     steps(*fsdp(split=split, each=each), form, set_to_none)
 
 
-def fsdp_accumulation(form, split):
-    model, reg = fsdp(split=split)
+def fsdp_accumulation(form):
+    model, reg = fsdp()
     for _ in range(2):
         model.zero_grad()
         model.set_requires_gradient_sync(False)
@@ -243,11 +243,11 @@ def fsdp_accumulation(form, split):
         same(model, single(network(), tasks=3))
 
 
-def fsdp_frozen(form, split):
+def fsdp_frozen(form):
     net, expected = network(), network()
     for one in (net, expected):
         one[4].weight.requires_grad_(False)
-    steps(*fsdp(net, split), form, expected=expected)
+    steps(*fsdp(net), form, expected=expected)
 
 
 def fsdp_more_ranks_than_units(form):
@@ -274,12 +274,12 @@ def fsdp_scaled_gradients(split):
     same(model, expected)
 
 
-def fsdp_mixed_precision(form, split, each):
+def fsdp_mixed_precision(form, each):
     """The layers see bfloat16, the penalty the float32 masters; also after a forward that leaves them gathered."""
     expected = network(torch.float32).double()
     (COEFF * penalty(expected)).backward()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, reg = fsdp(network(torch.float32), split, each, mp_policy=policy)
+    model, reg = fsdp(network(torch.float32), each=each, mp_policy=policy)
     with mock.patch(f"{__name__}.task", lambda model, rank: 0 * model(torch.ones(1, 3, 9, 9)).float().sum()):
         value = form(model, reg)
     assert value.dtype == torch.float32
@@ -366,6 +366,13 @@ def sharded_otherwise():
         OrthoRegularizer(model)()
 
 
+def made_before_fully_shard():
+    reg = OrthoRegularizer(model := network())
+    fully_shard(model)
+    with pytest.raises(RuntimeError, match="was made before fully_shard; make it afterwards"):
+        reg()
+
+
 def shard_group_of_other_ranks():
     model = network()
     fully_shard(model)
@@ -385,23 +392,27 @@ def named(check, **options):
 
 
 BOTH, DDP_FORMS = [False, True], [loss_plus_reg, reg_plus_loss, before_backward, between]
+ONE_OF_EACH = [loss_plus_reg, before_backward]
 FSDP_FORMS = [*DDP_FORMS, after_backward]
 CHECKS = {
-    **named(ddp_steps, form=DDP_FORMS, set_to_none=BOTH, gradient_as_bucket_view=BOTH, static_graph=BOTH),
-    **named(ddp_accumulation, form=DDP_FORMS, gradient_as_bucket_view=BOTH, static_graph=BOTH),
-    **named(ddp_frozen, form=DDP_FORMS),
-    **named(ddp_more_ranks_than_units, form=DDP_FORMS),
-    **named(ddp_wrong_order, set_to_none=BOTH, gradient_as_bucket_view=BOTH, static_graph=BOTH),
+    **named(ddp_steps, form=DDP_FORMS, set_to_none=BOTH, gradient_as_bucket_view=BOTH),
+    **named(ddp_steps, form=ONE_OF_EACH, set_to_none=BOTH, gradient_as_bucket_view=BOTH, static_graph=[True]),
+    **named(ddp_accumulation, form=DDP_FORMS, gradient_as_bucket_view=BOTH),
+    **named(ddp_accumulation, form=ONE_OF_EACH, gradient_as_bucket_view=[True], static_graph=[True]),
+    **named(ddp_frozen, form=ONE_OF_EACH),
+    **named(ddp_more_ranks_than_units, form=ONE_OF_EACH),
+    **named(ddp_wrong_order, set_to_none=BOTH, gradient_as_bucket_view=BOTH),
+    **named(ddp_wrong_order, set_to_none=BOTH, gradient_as_bucket_view=[True], static_graph=[True]),
     **named(ddp_wrong_order_after_no_sync),
     **named(last_total_before_the_first_call),
     **named(fsdp_steps, form=FSDP_FORMS, split=BOTH, each=BOTH),
     **named(fsdp_steps, form=FSDP_FORMS, split=[True], each=[False], set_to_none=[False]),
-    **named(fsdp_accumulation, form=FSDP_FORMS, split=BOTH),
-    **named(fsdp_frozen, form=FSDP_FORMS, split=BOTH),
-    **named(fsdp_more_ranks_than_units, form=FSDP_FORMS),
+    **named(fsdp_accumulation, form=FSDP_FORMS),
+    **named(fsdp_frozen, form=FSDP_FORMS),
+    **named(fsdp_more_ranks_than_units, form=ONE_OF_EACH),
     **named(fsdp_everything_frozen),
     **named(fsdp_scaled_gradients, split=BOTH),
-    **named(fsdp_mixed_precision, form=FSDP_FORMS, split=BOTH, each=BOTH),
+    **named(fsdp_mixed_precision, form=FSDP_FORMS, each=BOTH),
     **named(fsdp_bfloat16_masters, split=BOTH),
     **named(fsdp_collectives, form=["autograd", "accumulate_grad_"], split=BOTH),
     **named(fsdp_weights_exchanged),
@@ -409,6 +420,7 @@ CHECKS = {
     **named(fsdp_interval),
     **named(fsdp_summary),
     **named(sharded_otherwise),
+    **named(made_before_fully_shard),
     **named(shard_group_of_other_ranks),
 }
 
