@@ -312,6 +312,19 @@ def fsdp_collectives(form, split):
     assert names == ["all_gather_single", "reduce_scatter_single"][: 1 + split]
 
 
+def fsdp_comes_first(form):
+    """The autograd form adds when FSDP is done with the gradients: on a GPU it writes them on a stream of its own."""
+    model, reg = fsdp()
+    before = []
+
+    def add(shards, weights, grads):
+        before.extend(p.grad is not None for p in model.parameters())
+
+    with mock.patch.object(sharded.Shards, "add_", add):
+        form(model, reg)
+    assert len(before) == len(list(model.parameters())) and all(before)
+
+
 def fsdp_weights_exchanged():
     """load_state_dict(assign=True) makes new Parameters; a forward puts gathered copies in their place."""
     model, reg = fsdp(each=False)
@@ -415,6 +428,7 @@ CHECKS = {
     **named(fsdp_mixed_precision, form=FSDP_FORMS, each=BOTH),
     **named(fsdp_bfloat16_masters, split=BOTH),
     **named(fsdp_collectives, form=["autograd", "accumulate_grad_"], split=BOTH),
+    **named(fsdp_comes_first, form=[loss_plus_reg, reg_plus_loss]),
     **named(fsdp_weights_exchanged),
     **named(fsdp_built_after_an_evaluation),
     **named(fsdp_interval),
