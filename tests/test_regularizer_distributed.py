@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +24,7 @@ from .processes import outcomes
 
 DOUBLE = torch.float64
 COEFF = 0.1
-STEPS = 2
+STEPS = 3
 
 
 def network(dtype=DOUBLE):
@@ -97,13 +98,15 @@ def same(model, expected):
             )
 
 
-def steps(model, reg, form, set_to_none=True, expected=None):
-    """A few steps of training, compared with one process at each; the penalty's value too."""
+def steps(model, reg, form, expected=None):
+    """A few steps of training, compared with one process at each; the penalty's value too.
+
+    Gradients are missing, then zero, then missing again."""
     expected = expected or network()
     optimizers = sgd(model), sgd(expected)
-    for _ in range(STEPS):
+    for step in range(STEPS):
         for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=set_to_none)
+            optimizer.zero_grad(set_to_none=step != 1)
         want = penalty(expected).item()
         value = form(model, reg)
         single(expected)
@@ -157,8 +160,8 @@ def ddp(net=None, **options):
     return model, OrthoRegularizer(model, COEFF, shard_group=dist.group.WORLD)
 
 
-def ddp_steps(form, set_to_none, **options):
-    steps(*ddp(**options), form, set_to_none)
+def ddp_steps(form, **options):
+    steps(*ddp(**options), form)
 
 
 def ddp_accumulation(form, **options):
@@ -227,8 +230,8 @@ def fsdp(net=None, split=True, each=True, **options):
     return model, OrthoRegularizer(model, COEFF, shard_group=dist.group.WORLD if split else None)
 
 
-def fsdp_steps(form, split, each, set_to_none=True):
-    steps(*fsdp(split=split, each=each), form, set_to_none)
+def fsdp_steps(form, split, each):
+    steps(*fsdp(split=split, each=each), form)
 
 
 def fsdp_accumulation(form):
@@ -313,16 +316,21 @@ def fsdp_collectives(form, split):
 
 
 def fsdp_comes_first(form):
-    """The autograd form adds when FSDP is done with the gradients: on a GPU it writes them on a stream of its own."""
+    """The autograd form adds after the callback in which FSDP waits for the stream on which it writes gradients."""
     model, reg = fsdp()
-    before = []
+    events = []
+    finish = FSDPState._root_post_backward_final_callback
 
-    def add(shards, weights, grads):
-        before.extend(p.grad is not None for p in model.parameters())
+    def fsdp_is_done(state):
+        finish(state)
+        events.append("FSDP")
 
-    with mock.patch.object(sharded.Shards, "add_", add):
+    with (
+        mock.patch.object(FSDPState, "_root_post_backward_final_callback", fsdp_is_done),
+        mock.patch.object(sharded.Shards, "add_", lambda *_: events.append("penalty")),
+    ):
         form(model, reg)
-    assert len(before) == len(list(model.parameters())) and all(before)
+    assert events == ["FSDP", "penalty"]
 
 
 def fsdp_weights_exchanged():
@@ -408,8 +416,8 @@ BOTH, DDP_FORMS = [False, True], [loss_plus_reg, reg_plus_loss, before_backward,
 ONE_OF_EACH = [loss_plus_reg, before_backward]
 FSDP_FORMS = [*DDP_FORMS, after_backward]
 CHECKS = {
-    **named(ddp_steps, form=DDP_FORMS, set_to_none=BOTH, gradient_as_bucket_view=BOTH),
-    **named(ddp_steps, form=ONE_OF_EACH, set_to_none=BOTH, gradient_as_bucket_view=BOTH, static_graph=[True]),
+    **named(ddp_steps, form=DDP_FORMS, gradient_as_bucket_view=BOTH),
+    **named(ddp_steps, form=ONE_OF_EACH, gradient_as_bucket_view=BOTH, static_graph=[True]),
     **named(ddp_accumulation, form=DDP_FORMS, gradient_as_bucket_view=BOTH),
     **named(ddp_accumulation, form=ONE_OF_EACH, gradient_as_bucket_view=[True], static_graph=[True]),
     **named(ddp_frozen, form=ONE_OF_EACH),
@@ -418,8 +426,8 @@ CHECKS = {
     **named(ddp_wrong_order, set_to_none=BOTH, gradient_as_bucket_view=[True], static_graph=[True]),
     **named(ddp_wrong_order_after_no_sync),
     **named(last_total_before_the_first_call),
-    **named(fsdp_steps, form=FSDP_FORMS, split=BOTH, each=BOTH),
-    **named(fsdp_steps, form=FSDP_FORMS, split=[True], each=[False], set_to_none=[False]),
+    **named(fsdp_steps, form=FSDP_FORMS, split=[True], each=BOTH),
+    **named(fsdp_steps, form=FSDP_FORMS, split=[False], each=[True]),
     **named(fsdp_accumulation, form=FSDP_FORMS),
     **named(fsdp_frozen, form=FSDP_FORMS),
     **named(fsdp_more_ranks_than_units, form=ONE_OF_EACH),
