@@ -15,6 +15,7 @@ from .geometry import PENALTIES, Layer
 from .nn import OrthoLinear, SharedScale
 from .nn.conv import _Orthogonal
 from .ops import orthogonality
+from .sharded import Shards, is_sharded, reshard
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Filter = Callable[[str, nn.Module], bool]
@@ -56,17 +57,26 @@ class OrthoRegularizer:
     (EMA) weights are seen. Parametrized weights are left out with a warning: reading one can advance a power
     iteration.
 
-    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed.
+    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
+        the network after `fully_shard`.
     coeff: a float, or `callable(name, module) -> float` asked once per layer.
     penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
     filter: `callable(name, module) -> bool`; None: the official rule, all but 7x7 kernels and three input channels.
     interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`.
-    shard_group: a process group over which the work is split by (layer, offset); each rank's share is multiplied by the
-        number of ranks, so that the gradient averaging of data parallelism yields the exact full gradient.
+    shard_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
+        its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
     precision: as for `functional.orthogonality_loss`.
 
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
-    `shard_group`: of this rank's share).
+    `shard_group`: of this rank's share; `last_total()` adds the shares).
+
+    FSDP2 (`fully_shard`: every penalised weight, over one one-dimensional mesh). One all-gather makes the float32
+    masters whole; `.grad` receives the whole penalty's gradient beside the mean of the ranks' other gradients, in every
+    order of calls. With `shard_group`, which must have the mesh's ranks, each computes its share and one reduce-scatter
+    adds them; without it each computes everything. Every rank must make the same calls, `summary()` too. The autograd
+    form adds to `.grad` at the end of the backward pass, so that `torch.autograd.grad` does not see it.
+
+    Raises at the first call ValueError for weights sharded otherwise, and RuntimeError if `fully_shard` came later.
     """
 
     def __init__(
@@ -92,7 +102,9 @@ class OrthoRegularizer:
         self._losses: Tensor | None = None
         self._excluded: dict[str, tuple[nn.Module, str]] = {}
         self._included: dict[str, tuple[nn.Module, str, float]] = {}
-        self._problems: dict[tuple, orthogonality.Problem] = {}
+        self._sharded: dict[nn.Module, nn.Parameter] = {}
+        self._problems: dict[tuple, tuple[orthogonality.Problem, Shards | None]] = {}
+        reshard(model)
         for name, module in model.named_modules():
             if isinstance(module, (*_CONVOLUTIONS, OrthoLinear)):
                 self._consider(name, module, coeff, filter or official_filter)
@@ -114,28 +126,46 @@ class OrthoRegularizer:
             if not isinstance(value, (int, float)):
                 raise TypeError(f"coeff must be a float or give one for each layer, got {value!r} for {name!r}")
             self._included[name] = module, self.penalty or own, float(value)
+            if is_sharded(module._parameters["weight"]):  # type: ignore[arg-type]
+                self._keep_sharded(module)
+                module.register_load_state_dict_post_hook(self._keep_sharded)  # assign=True exchanges the Parameter
 
     def _leave_out_parametrized(self, name: str, module: nn.Module) -> None:
         warnings.warn(f"OrthoRegularizer leaves out {name!r}: its weight is parametrized", stacklevel=4)
         self._excluded[name] = module, "parametrized"
 
-    def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem]:
-        """The weights as they are now, each Parameter once, and what to compute for them."""
+    def _keep_sharded(self, module: nn.Module, *_: Any) -> None:
+        self._sharded[module] = module._parameters["weight"]  # type: ignore[assignment]
+
+    def _current(self, module: nn.Module) -> nn.Parameter | None:
+        """The weight as it is now. Between forward and backward FSDP2 may have a gathered copy in a shard's place, in
+        low precision; then the shard."""
+        weight = _weight(module)
+        if weight is None:
+            return None
+        if is_sharded(weight) and module not in self._sharded:
+            raise RuntimeError("OrthoRegularizer was made before fully_shard; make it afterwards")
+        return weight if is_sharded(weight) else self._sharded.get(module, weight)
+
+    def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
+        """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded."""
         weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
         for name, (module, chosen, value) in list(self._included.items()):
-            weight = _weight(module)
+            weight = self._current(module)
             if weight is None:  # parametrized since
                 self._leave_out_parametrized(name, module)
                 del self._included[name]
             else:
                 weights.setdefault(id(weight), (weight, module, chosen, value))
-        key = tuple((w.shape, m) for w, m, _, _ in weights.values())
+        now = [w for w, *_ in weights.values()]
+        key = tuple((w.shape, m, is_sharded(w)) for w, m, *_ in weights.values())
         if key not in self._problems:
             layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
             scale = self.interval * self._shard[1]
             coefficients = tuple(value * scale for *_, value in weights.values())
-            self._problems = {key: orthogonality.Problem(layers, coefficients, self.precision, self._shard)}
-        return [w for w, *_ in weights.values()], self._problems[key]
+            problem = orthogonality.Problem(layers, coefficients, self.precision, self._shard)
+            self._problems = {key: (problem, Shards(now, self._shard_group) if any(map(is_sharded, now)) else None)}
+        return now, *self._problems[key]
 
     def _due(self) -> bool:
         self._calls += 1
@@ -149,8 +179,9 @@ class OrthoRegularizer:
         """sum of coeff * penalty, 0-dim, differentiable once. Under gradient accumulation add it to the last
         micro-batch's loss only."""
         if self._due():
-            weights, problem = self._gather()
-            total, self._losses = orthogonality.loss(weights, problem)
+            weights, problem, shards = self._gather()
+            whole = shards.gather(weights) if shards else weights
+            total, self._losses = orthogonality.loss(whole, problem)
             if weights:
                 return total
         return self._zero().requires_grad_(torch.is_grad_enabled())  # so that reg().backward() works every time
@@ -160,14 +191,17 @@ class OrthoRegularizer:
         """Add grad_scale * coeff * dpenalty/dW to every weight's `.grad`; returns sum of coeff * penalty.
 
         Once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before they
-        are clipped. Saves the autograd engine's addition per weight. With `shard_group` it must come before the
-        backward that synchronises the gradients: its share has to be averaged with them.
+        are clipped. Saves the autograd engine's addition per weight. Under DistributedDataParallel with `shard_group`
+        it must come before the backward that synchronises the gradients: its share has to be averaged with them. Under
+        FSDP2 it may come before or after.
 
-        Raises RuntimeError where it comes after that backward.
+        Raises RuntimeError under DistributedDataParallel where it comes after that backward.
         """
         if not self._due():
             return self._zero()
-        weights, problem = self._gather()
+        weights, problem, shards = self._gather()
+        if shards is not None:
+            return self._accumulate_sharded(weights, problem, shards, grad_scale)
         if self._shard_group is not None:
             self._check_order(weights)
         for weight in weights:
@@ -178,6 +212,15 @@ class OrthoRegularizer:
         total, self._losses = orthogonality.accumulate_grad_(weights, grads, problem, grad_scale)
         return total if weights else self._zero()
 
+    def _accumulate_sharded(
+        self, weights: list[nn.Parameter], problem: orthogonality.Problem, shards: Shards, grad_scale: float
+    ) -> Tensor:
+        whole = shards.gather(weights)
+        grads = shards.zeros(whole[0])
+        total, self._losses = orthogonality.accumulate_grad_(whole, shards.views(grads), problem, grad_scale)
+        shards.add_(weights, grads)
+        return total
+
     def _watch_backward(self) -> None:
         """Note for each weight at which version a synchronising backward has run over it."""
         self._synchronised: dict[int, int] = {}
@@ -185,9 +228,11 @@ class OrthoRegularizer:
         def note(weight: Tensor) -> None:
             if getattr(self._model, "require_backward_grad_sync", True):
                 self._synchronised[id(weight)] = weight._version
+            else:  # one that synchronises is still to come
+                self._synchronised.pop(id(weight), None)
 
         for weight in self._gather()[0]:
-            if weight.requires_grad:
+            if weight.requires_grad and not is_sharded(weight):
                 weight.register_post_accumulate_grad_hook(note)
 
     def _check_order(self, weights: list[nn.Parameter]) -> None:
@@ -211,15 +256,27 @@ class OrthoRegularizer:
         return None if self._losses is None else self._losses.sum()
 
     @torch.no_grad()
+    def last_total(self) -> Tensor | None:
+        """`last` of all ranks together: the full unweighted penalty, by one all_reduce over `shard_group`.
+
+        Every rank of the group must call it. Nothing waits for the device. Without `shard_group` it is `last`.
+        """
+        total = self.last
+        if total is not None and self._shard_group is not None:
+            dist.all_reduce(total, group=self._shard_group)
+        return total
+
+    @torch.no_grad()
     def summary(self) -> Summary:
         """Every convolution and OrthoLinear: included or why not, its penalty (computed now) and its cost."""
-        weights, problem = self._gather()
-        whole = orthogonality.Problem(problem.layers, problem.coefficients, problem.precision)
-        values = orthogonality.loss(weights, whole)[1].tolist() if weights else []
+        weights, problem, shards = self._gather()
+        every_unit = orthogonality.Problem(problem.layers, problem.coefficients, problem.precision)
+        whole = shards.gather(weights) if shards else weights
+        values = orthogonality.loss(whole, every_unit)[1].tolist() if weights else []
         computed = dict(zip(map(id, weights), zip(problem.layers, values, strict=True), strict=True))
         rows = {}
         for name, (module, chosen, coeff) in self._included.items():
-            weight = _weight(module)
+            weight = self._current(module)
             assert weight is not None
             if id(weight) in computed:
                 geometry, value = computed.pop(id(weight))
