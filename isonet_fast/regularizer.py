@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -104,6 +105,8 @@ class OrthoRegularizer:
         self._included: dict[str, tuple[nn.Module, str, float]] = {}
         self._sharded: dict[nn.Module, nn.Parameter] = {}
         self._problems: dict[tuple, tuple[orthogonality.Problem, Shards | None]] = {}
+        self._seen: tuple[list[nn.Parameter | None], list[torch.Size | None]] = [], []
+        self._gathered: tuple[list[nn.Parameter], orthogonality.Problem, Shards | None] | None = None
         reshard(model)
         for name, module in model.named_modules():
             if isinstance(module, (*_CONVOLUTIONS, OrthoLinear)):
@@ -148,7 +151,21 @@ class OrthoRegularizer:
         return weight if is_sharded(weight) else self._sharded.get(module, weight)
 
     def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
-        """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded."""
+        """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded.
+
+        While the modules hold the same Parameters of the same shapes, the answer of last time: on a GPU the host's time
+        per call counts.
+        """
+        now = [_weight(module) for module, *_ in self._included.values()]
+        shapes = [None if weight is None else weight.shape for weight in now]
+        known, known_shapes = self._seen
+        same = len(now) == len(known) and all(map(operator.is_, now, known)) and shapes == known_shapes
+        if self._gathered is None or not same:
+            self._gathered = self._look_up()
+            self._seen = now, shapes
+        return self._gathered
+
+    def _look_up(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
         weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
         for name, (module, chosen, value) in list(self._included.items()):
             weight = self._current(module)
@@ -204,11 +221,15 @@ class OrthoRegularizer:
             return self._accumulate_sharded(weights, problem, shards, grad_scale)
         if self._shard_group is not None:
             self._check_order(weights)
+        grads = []
         for weight in weights:
-            if weight.requires_grad and weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        # a frozen weight counts in the value; a gradient left from before it was frozen is not touched
-        grads = [w.grad if w.requires_grad and w.grad is not None else torch.zeros_like(w) for w in weights]
+            trained = weight.requires_grad
+            grad = weight.grad if trained else None
+            if grad is None:  # a frozen weight counts in the value; a gradient from before it was frozen is not touched
+                grad = torch.zeros_like(weight)
+                if trained:
+                    weight.grad = grad
+            grads.append(grad)
         total, self._losses = orthogonality.accumulate_grad_(weights, grads, problem, grad_scale)
         return total if weights else self._zero()
 
