@@ -18,7 +18,7 @@ import torch
 from ..models.load_official import read_checkpoint
 from .files import replacing
 
-FORMAT = 1
+FORMAT = 2
 _LABEL = b"sha256:"
 _COMMENT = len(_LABEL) + 64
 
@@ -42,6 +42,11 @@ def save_latest(state: dict[str, Any], directory: Path) -> None:
         _seal(temporary)
         if latest.exists():  # only now: a full disk or a kill while writing has cost nothing
             os.replace(latest, directory / "previous.pt")
+
+
+def exists(directory: Path) -> bool:
+    """Whether a run has left a checkpoint to go on from."""
+    return any((directory / name).exists() for name in ("latest.pt", "previous.pt"))
 
 
 def load(path: Path) -> dict[str, Any]:

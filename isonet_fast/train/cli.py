@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,8 @@ def _add_train(commands: Any) -> None:
     add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
     add.add_argument("--channels-last", action="store_true", help="the fast memory format on GPUs")
     add.add_argument("--compile", action="store_true", help="train through torch.compile")
+    add.add_argument("--accumulate", type=int, metavar="K", help="batches per optimizer step (default 1)")
+    add.add_argument("--fsdp", action="store_true", help="under torchrun: shard the weights over the GPUs")
     add.set_defaults(run=launch.run)
 
 
@@ -69,15 +72,19 @@ def _add_common(add: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0")) if args.command == "train" else 0
+    who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("isonet-fast: interrupted", file=sys.stderr)
+        print(f"{who}: interrupted", file=sys.stderr)
         return 130
     except Interrupted as stop:
-        print(f"isonet-fast: {stop}", file=sys.stderr)
+        if not rank:  # every process stops
+            print(f"{who}: {stop}", file=sys.stderr)
         return stop.code
     except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
-        print(f"isonet-fast: {error}", file=sys.stderr)
+        if not (rank and isinstance(error, Diverged)):  # so it does here
+            print(f"{who}: {error}", file=sys.stderr)
         return 1
     return 0

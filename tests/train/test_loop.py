@@ -67,9 +67,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Run._train_step
 
     def train_step(self: Run, batch: Any) -> None:
-        real(self, batch)
-        if self.step == step:
+        if self.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        real(self, batch)
 
     monkeypatch.setattr(Run, "_train_step", train_step)
 
@@ -109,7 +109,7 @@ def test_the_gradient_is_cross_entropy_plus_penalty(small: Callable[..., Config]
     batch = next(run.train_loader.batches(1))
     loss = F.cross_entropy(run.model.train()(batch.images), batch.labels) + run.reg()
     expected = dict(zip(before, torch.autograd.grad(loss, list(run.model.parameters()))))
-    run._train_step(batch)
+    run._train_step([batch])
     for group, base in zip(run.optimizer.param_groups, run.base_lr):
         assert group["lr"] == base
     for name, p in run.model.named_parameters():
@@ -127,7 +127,7 @@ def test_residual_networks_train_their_scales_at_a_tenth(small: Callable[..., Co
 
 def test_clipping_comes_after_the_penalty(small: Callable[..., Config], tmp_path: Path) -> None:
     run = Run(small("optimizer.clip=0.001", "penalty.coeff=10"), tmp_path)
-    run._train_step(next(run.train_loader.batches(1)))
+    run._train_step([next(run.train_loader.batches(1))])
     norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()
     assert norm <= 0.001 * 1.0001
 
@@ -191,7 +191,7 @@ def test_a_folded_convolution_is_found_by_its_branch(small: Callable[..., Config
     run = Run(small("model.residual=true"), tmp_path)
     run.model.get_submodule("s2.b1.f.b").weight.data.fill_(float("inf"))
     with pytest.raises(Diverged, match=r"layer 's2\.b1\.f' produced the first one"):
-        run._train_step(next(run.train_loader.batches(1)))
+        run._train_step([next(run.train_loader.batches(1))])
 
 
 def test_divergence_in_the_first_epoch_still_has_a_checkpoint(small: Callable[..., Config], tmp_path: Path) -> None:
