@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -177,6 +177,27 @@ def shard(model: nn.Module, processes: Processes, device: torch.device, precisio
     mesh = init_device_mesh(device.type, (processes.size,))
     for module in [*(m for m in model.modules() if isinstance(m, Block)), model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def shards_of(
+    weights: Mapping[str, Tensor], state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of the weights and the optimizer's state, whole on every process, each process's part, as `shard` lays it out."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def part(whole: Any, parameter: Any) -> Any:
+        if not isinstance(whole, Tensor) or not isinstance(parameter, DTensor):
+            return whole
+        mesh = parameter.device_mesh
+        return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+    own = model.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {key: part(value, parameters[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {name: part(value, own.get(name)) for name, value in weights.items()}, {**state, "state": moments}
 
 
 def synchronising(model: nn.Module, last: bool) -> AbstractContextManager:

@@ -88,8 +88,10 @@ def _report(model: nn.Module, examples: Any, settled: Config, device: torch.devi
 
 
 def _read(path: Path) -> tuple[Any, Path]:
+    if path.is_dir() and path.suffix != ".dcp":
+        path = next(iter(checkpoint.find(path, "best", "latest")), path / "latest.pt")
     if path.is_dir():
-        path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
+        return checkpoint.load(path), path
     contents = read_checkpoint(path)
     if isinstance(contents, Mapping) and "format" in contents:
         return checkpoint.load(path), path

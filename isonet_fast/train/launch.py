@@ -49,7 +49,7 @@ def _start(args: argparse.Namespace, processes: Processes) -> None:
 def _goes_on(directory: Path) -> bool:
     """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's."""
     launch, begun = distributed.launch_name(), directory / _LAUNCH
-    if checkpoint.exists(directory):
+    if checkpoint.find(directory, "latest", "previous"):
         if distributed.restarted() and begun.exists() and begun.read_text() == launch:
             return True
         raise ValueError(

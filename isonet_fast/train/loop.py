@@ -29,7 +29,7 @@ from . import checkpoint, schedule
 from .build import autocast, build_model
 from .config import Config
 from .datasets import Corrupt, open_source
-from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
+from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
 from .divergence import Diverged, first_nonfinite
 from .files import sweep
 from .loader import Batch, Loader, WorkerDied
@@ -129,8 +129,11 @@ class Run:
                 f"the checkpoint is of a run on data with {state['classes'][0]} classes and {state['classes'][1]} "
                 f"channels; {self.config.data.source} has {self.source.num_classes} and {self.source.channels}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights, optimizer = state["model"], state["optimizer"]
+        if self.sharded:
+            weights, optimizer = shards_of(weights, optimizer, self.model, self.optimizer)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
         self.reg.load_state_dict(state["regularizer"])
         self.scaler.load_state_dict(state["scaler"])
         position = state["position"]
@@ -160,14 +163,17 @@ class Run:
         self.sums.totals.copy_(mine["sums"])
         self.penalty.copy_(mine["penalty"])
 
-    def save(self) -> None:
-        state = self.state()
-        self.processes.from_main(lambda: checkpoint.save_latest(state, self.directory))
-        self._saved_step = self.step
+    def save(self, name: str = "latest") -> None:
+        state, path = self.state(), self._path(name)
+        if self.sharded:
+            checkpoint.save_sharded(state, path, self.processes)
+        else:
+            self.processes.from_main(lambda: checkpoint.save(state, path))
+        if name == "latest":
+            self._saved_step = self.step
 
-    def _save_as(self, name: str) -> None:
-        state = self.state()
-        self.processes.from_main(lambda: checkpoint.save(state, self.directory / f"{name}.pt"))
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.{'dcp' if self.sharded else 'pt'}"
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -185,7 +191,7 @@ class Run:
                     row = self._train_epoch()
             except WorkerDied as error:
                 raise WorkerDied(
-                    f"{error}; the last checkpoint is {self.directory / 'latest.pt'} (step {self._saved_step}), "
+                    f"{error}; the last checkpoint is {self._path('latest')} (step {self._saved_step}), "
                     f"go on with: isonet-fast train --resume {self.directory}"
                 ) from error
             finally:
@@ -312,10 +318,10 @@ class Run:
         self.epoch, self.examples = self.epoch + 1, 0
         self.sums.totals.zero_()
         if best:
-            self._save_as("best")
+            self.save("best")
         keep = self.config.checkpoint.keep_every_epochs
         if keep and done % keep == 0:
-            self._save_as(f"epoch-{done}")
+            self.save(f"epoch-{done}")
         self.save()
         self._stop = int(self.processes.largest(torch.tensor(float(self._signal), device=self.device)).get())
         if self._stop and self.epoch <= self.config.schedule.epochs:
@@ -335,7 +341,7 @@ class Run:
             self.step,
             self.processes.gather(found)[rank],
             f" The weights are still those of step {self.step - 1}; the last good checkpoint is "
-            f"{self.directory / 'latest.pt'} (step {self._saved_step}).",
+            f"{self._path('latest')} (step {self._saved_step}).",
             rank if self.processes.size > 1 else None,
         )
 
