@@ -1,4 +1,4 @@
-"""The command line: isonet-fast demo | train | evaluate | report | info."""
+"""The command line: isonet-fast demo | train | evaluate | report | export | info."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--size", type=int, default=224, help="of the input images (default %(default)s)")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config))
+    add = commands.add_parser("export", help="the weights of a checkpoint alone, in one file")
+    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("output", type=Path, metavar="OUT", help="OUT.pt, a plain state_dict, or OUT.safetensors")
+    add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
+    add.set_defaults(run=lambda args: evaluate.export(args.checkpoint, args.output, args.config))
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
     add.set_defaults(run=lambda args: environment.info())
     return top
