@@ -147,13 +147,8 @@ def processes() -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def launch_name() -> str | None:
-    """What all restarts of one torchrun have in common, and no other torchrun has; None without torchrun."""
+    """What all restarts by one torchrun (or of one job, by its --rdzv-id) have in common; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"none, process {os.getppid()}" if name == "none" else name  # "none" is torchrun's default for everyone
 
@@ -189,7 +184,8 @@ def shards_of(
         if not isinstance(whole, Tensor) or not isinstance(parameter, DTensor):
             return whole
         mesh = parameter.device_mesh
-        return distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+        whole = whole.to(mesh.device_type, memory_format=torch.contiguous_format)
+        return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
 
     own = model.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

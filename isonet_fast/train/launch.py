@@ -11,7 +11,7 @@ from .config import Config
 from .distributed import Processes
 from .loop import Run
 
-_LAUNCH = ".torchrun"  # in a run's directory: which torchrun began it
+_LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
 
 
 def settings(args: argparse.Namespace) -> list[str]:
@@ -50,7 +50,7 @@ def _goes_on(directory: Path) -> bool:
     """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's."""
     launch, begun = distributed.launch_name(), directory / _LAUNCH
     if checkpoint.find(directory, "latest", "previous"):
-        if distributed.restarted() and begun.exists() and begun.read_text() == launch:
+        if launch is not None and begun.exists() and begun.read_text() == launch:
             return True
         raise ValueError(
             f"{directory} holds a run already: go on with --resume {directory}, or choose another --output"

@@ -65,9 +65,9 @@ class Run:
         torch.manual_seed(config.seed)
         self.source = open_source(config.data, config.seed)
         self.model = build_model(config.model, self.source.num_classes, self.source.channels).to(self.device)
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sharded = config.fsdp and processes.size > 1
+        if config.channels_last and not self.sharded:  # shards are contiguous; there the images alone bring the format
+            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.sharded:
             shard(self.model, processes, self.device, config.precision)
         self.wrapped = self.model if self.sharded else wrap(self.model, processes, self.device)

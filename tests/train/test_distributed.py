@@ -150,7 +150,7 @@ def latest(directory: Path) -> dict[str, Any]:
 
 
 def alike(a: Path, b: Path) -> None:
-    """Weights and momentum to 1e-5 of the largest (measured: 2e-6), means of a loss too, counts exactly."""
+    """Weights and momentum to 2e-6 of the largest (measured: 2e-7), means of a loss too, counts exactly."""
     one, other = latest(a), latest(b)
     assert one["position"] == other["position"]
     for name, weight in one["model"].items():
@@ -168,7 +168,7 @@ def alike(a: Path, b: Path) -> None:
 
 def close(actual: torch.Tensor, expected: torch.Tensor, name: str, scale: float = 0) -> None:
     error = (actual - expected).abs().max().item() / max(scale, expected.abs().max().item(), 1e-30)
-    assert error < 1e-5, (name, error)
+    assert error < 2e-6, (name, error)
 
 
 @pytest.mark.parametrize("name", ["two", "halves", "sharded", "sharded-halves"])
@@ -322,8 +322,6 @@ def test_torchrun_starts_a_run_again_where_it_was(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
     again = words(folder / "again", *ONE)
     assert run(again, ["SIGTERM", 0, 7], 0) == 143
-    assert run(again, None, 0) == 1
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
     assert run(again, None, 0) == 1
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
