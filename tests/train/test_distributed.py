@@ -38,6 +38,8 @@ BASE += [
 ]
 ONE = ["data.batch_size=8", "optimizer.lr=0.04"]  # what the other two are on one process
 TWO = ["data.batch_size=4", "optimizer.lr=0.02"]
+HALF = ["precision=float16", "penalty.coeff=10"]
+OFTEN = ["penalty.interval=2", "checkpoint.every_steps=3", "data.workers=1"]
 HALVES = ["data.batch_size=2", "accumulate=2", "optimizer.lr=0.02"]
 
 
@@ -84,8 +86,9 @@ def two(folder: Path, one: Path) -> Any:
             "3 to validate": (new("batch3", *TWO, "data.eval_batch_size=3"), None),
             "10 to validate": (new("batch10", *TWO, "data.eval_batch_size=10"), None),
             "10 to validate, sharded": (new("sharded10", *TWO, "data.eval_batch_size=10", "fsdp=true"), None),
-            "noisy": (new("noisy", *TWO), ["noisy", 0, 0]),
-            "noisy, stopped": (new("noisy-parts", *TWO), ["noisy SIGTERM", 1, 7]),
+            "float16": (new("float16", *TWO, *HALF), None),
+            "noisy": (new("noisy", *TWO, *OFTEN), ["noisy", 0, 0]),
+            "noisy, stopped": (new("noisy-parts", *TWO, *OFTEN), ["noisy SIGTERM", 1, 7]),
             "noisy, on": (resume(folder / "noisy-parts"), ["noisy", 0, 0]),
             "noisy, sharded": (new("noisy-sharded", *TWO, "fsdp=true"), ["noisy", 0, 0]),
             "noisy, sharded, stopped": (new("noisy-sharded-parts", *TWO, "fsdp=true"), ["noisy SIGTERM", 0, 3]),
@@ -98,7 +101,7 @@ def two(folder: Path, one: Path) -> Any:
             "diverged": (new("diverged", *TWO), ["NaN", 1, 4]),
             "diverged, sharded": (new("diverged-sharded", *HALVES, "fsdp=true"), ["NaN", 1, 4]),
             "pictures": (new("pictures", *pictures), None),
-            "again": (new("two", *TWO), None),
+            "another's": (new("one", *TWO), None),
         },
     )
 
@@ -174,6 +177,17 @@ def close(actual: torch.Tensor, expected: torch.Tensor, name: str, scale: float 
 @pytest.mark.parametrize("name", ["two", "halves", "sharded", "sharded-halves"])
 def test_several_are_one_of_the_same_global_batch(name: str, folder: Path, two: Any) -> None:
     alike(folder / "one", folder / name)
+
+
+def test_the_penalty_is_in_the_units_of_the_loss_scale(folder: Path, two: Any) -> None:
+    """float16 leaves 1e-3 or so; without the penalty, or with it unscaled, the weights would be elsewhere."""
+    weights = {}
+    for name, settings in (("one", HALF), ("none", [*HALF, "penalty.coeff=0"])):
+        assert run(words(folder / f"{name}-float16", *ONE, *settings), None, 0) == 0
+        weights[name] = latest(folder / f"{name}-float16")["model"]
+    weights["two"] = latest(folder / "float16")["model"]
+    far = lambda a, b: max((weights[a][n] - weights[b][n]).abs().max().item() for n in weights["one"])
+    assert far("one", "two") < far("one", "none") / 10
 
 
 def test_three_are_one(folder: Path, three: Any) -> None:
@@ -261,8 +275,8 @@ def test_an_unreadable_image_of_one_rank(folder: Path, two: Any) -> None:
 
 
 def test_a_run_that_is_there_is_not_written_over(folder: Path, two: Any) -> None:
-    assert two.said.count(f"{folder / 'two'} holds a run already: go on with --resume") == 1
-    assert [two.codes[rank, "again"] for rank in range(2)] == [1, 1]
+    assert two.said.count(f"{folder / 'one'} holds a run already: go on with --resume") == 1
+    assert [two.codes[rank, "another's"] for rank in range(2)] == [1, 1]
 
 
 @pytest.mark.parametrize("out", ["weights.pt", "weights.safetensors"])
