@@ -243,7 +243,8 @@ class Run:
         for batch in batches:
             self._note(batch.corrupt)
         share_first = self.processes.size > 1 and not self.sharded
-        scale = OnHost(self.scaler.scale(torch.ones((), device=self.device)))  # there long before it is needed
+        # on its way to the host long before it is needed
+        scale = OnHost(self.scaler.scale(torch.ones((), device=self.device))) if share_first else None
         self.optimizer.zero_grad(set_to_none=not share_first)  # DDP's buckets stay where they are
         seen: list[tuple[Tensor, Tensor, Tensor]] = []
         for n, batch in enumerate(batches, 1):
@@ -256,7 +257,7 @@ class Run:
                 seen.append((logits.detach(), y, loss.detach()))
                 if last:
                     verdict = self._ask([loss for *_, loss in seen])
-                    if share_first:
+                    if scale is not None:
                         self.reg.accumulate_grad_(scale.get())
                 self.scaler.scale(loss * (weight / len(batches))).backward()
         bad, self._stop = (int(value) for value in verdict.get())

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from isonet_fast.train import checkpoint, loop
 from isonet_fast.train.config import Config
 from isonet_fast.train.divergence import Diverged
 from isonet_fast.train.loop import Interrupted, Run
+
+from .several import Noisy
 
 
 def same(a: Any, b: Any, path: str = "") -> None:
@@ -43,17 +44,6 @@ def rows(directory: Path) -> list[dict[str, str]]:
         return [
             {k: v for k, v in row.items() if k not in ("images_per_second", "seconds")} for row in csv.DictReader(file)
         ]
-
-
-class Noisy(nn.Module):
-    """A network that draws from the global generator at every step."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.dropout = inner, nn.Dropout(0.2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(self.dropout(x))
 
 
 @pytest.fixture
