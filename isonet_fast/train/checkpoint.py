@@ -1,8 +1,8 @@
-"""Checkpoint files: written whole or not at all, with a checksum, and with the one before kept.
+"""Checkpoints: written whole or not at all, with a checksum, and with the one before kept.
 
 A checkpoint is what torch.save writes (a ZIP archive, so any torch.load reads it) with the SHA-256 of everything before
 it as the archive's comment. A directory holds latest.pt, previous.pt (the latest one before), best.pt and, if asked
-for, epoch-N.pt.
+for, epoch-N.pt. Where the weights are sharded each is a directory NAME.dcp instead, see `dcp`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from ..models.load_official import read_checkpoint
-from .files import replacing
+from . import dcp
+from .distributed import Processes
+from .files import Damaged, discard, replacing
 
-FORMAT = 1
+FORMAT = 2
 _LABEL = b"sha256:"
 _COMMENT = len(_LABEL) + 64
-
-
-class Damaged(ValueError):
-    """The file is not what was written."""
+_KINDS = (".pt", ".dcp")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -32,16 +31,35 @@ def save(state: dict[str, Any], path: Path) -> None:
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
         _seal(temporary)
+        _make_room(path)  # only now: a full disk or a kill while writing has cost nothing
 
 
 def save_latest(state: dict[str, Any], directory: Path) -> None:
     """latest.pt, after the present one has become previous.pt."""
-    latest = directory / "latest.pt"
-    with replacing(latest) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
-        _seal(temporary)
-        if latest.exists():  # only now: a full disk or a kill while writing has cost nothing
-            os.replace(latest, directory / "previous.pt")
+    save(state, directory / "latest.pt")
+
+
+def save_sharded(state: dict[str, Any], path: Path, processes: Processes) -> None:
+    """The same for a directory NAME.dcp, by all processes together."""
+    dcp.save({"format": FORMAT, **state}, path, processes, lambda: _make_room(path))
+
+
+def find(directory: Path, *names: str) -> list[Path]:
+    """The checkpoints of these names that are there, files or directories, in this order."""
+    return [path for name in names for kind in _KINDS if (path := directory / f"{name}{kind}").exists()]
+
+
+def _make_room(path: Path) -> None:
+    """Of each name there is one checkpoint, whatever its kind; the latest one becomes the previous one."""
+    for old in find(path.parent, path.stem):
+        if path.stem == "latest":
+            previous = old.with_stem("previous")
+            for older in find(path.parent, "previous"):
+                if older != previous or older.is_dir():  # a file is replaced in one go
+                    discard(older)
+            os.replace(old, previous)
+        elif old.suffix != path.suffix:
+            discard(old)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -49,8 +67,11 @@ def load(path: Path) -> dict[str, Any]:
 
     Read with weights_only=True: a file that would run code is refused and runs nothing.
     """
-    check(path)
-    state = read_checkpoint(path)
+    if path.is_dir():
+        state = dcp.load(path)
+    else:
+        check(path)
+        state = read_checkpoint(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format", "none") if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} is no checkpoint that this version reads: format {found}, expected {FORMAT}")
@@ -74,8 +95,8 @@ def check(path: Path) -> None:
 
 
 def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
-    """The newest readable one of latest.pt and previous.pt, and its path; `say` is told of what was passed over."""
-    paths = [path for path in (directory / "latest.pt", directory / "previous.pt") if path.exists()]
+    """The newer readable one of latest and previous, and its path; `say` is told of what was passed over."""
+    paths = find(directory, "latest", "previous")
     if not paths:
         raise FileNotFoundError(f"no checkpoint in {directory}: neither latest.pt nor previous.pt")
     for path in paths:

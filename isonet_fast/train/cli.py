@@ -1,8 +1,9 @@
-"""The command line: isonet-fast demo | train | evaluate | report | info."""
+"""The command line: isonet-fast demo | train | evaluate | report | export | info."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--size", type=int, default=224, help="of the input images (default %(default)s)")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config))
+    add = commands.add_parser("export", help="the weights of a checkpoint alone, in one file")
+    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("output", type=Path, metavar="OUT", help="OUT.pt, a plain state_dict, or OUT.safetensors")
+    add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
+    add.set_defaults(run=lambda args: evaluate.export(args.checkpoint, args.output, args.config))
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
     add.set_defaults(run=lambda args: environment.info())
     return top
@@ -46,6 +52,8 @@ def _add_train(commands: Any) -> None:
     add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
     add.add_argument("--channels-last", action="store_true", help="the fast memory format on GPUs")
     add.add_argument("--compile", action="store_true", help="train through torch.compile")
+    add.add_argument("--accumulate", type=int, metavar="K", help="batches per optimizer step (default 1)")
+    add.add_argument("--fsdp", action="store_true", help="under torchrun: shard the weights over the GPUs")
     add.set_defaults(run=launch.run)
 
 
@@ -69,15 +77,19 @@ def _add_common(add: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0")) if args.command == "train" else 0
+    who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("isonet-fast: interrupted", file=sys.stderr)
+        print(f"{who}: interrupted", file=sys.stderr)
         return 130
     except Interrupted as stop:
-        print(f"isonet-fast: {stop}", file=sys.stderr)
+        if not rank:  # every process stops
+            print(f"{who}: {stop}", file=sys.stderr)
         return stop.code
     except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
-        print(f"isonet-fast: {error}", file=sys.stderr)
+        if not (rank and isinstance(error, Diverged)):  # so it does here
+            print(f"{who}: {error}", file=sys.stderr)
         return 1
     return 0

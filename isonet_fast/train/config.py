@@ -78,6 +78,8 @@ class Config:
     schedule: Schedule = field(default_factory=Schedule)
     penalty: Penalty = field(default_factory=Penalty)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    accumulate: int = 1  # batches per optimizer step, on each process
+    fsdp: bool = False  # where there are several processes: shard the weights instead of copying them (DDP)
     precision: str = "float32"  # of autocast
     channels_last: bool = False
     compile: bool = False
@@ -219,6 +221,7 @@ def _check(config: Config) -> None:
         "schedule.epochs": config.schedule.epochs,
         "optimizer.lr": config.optimizer.lr,
         "penalty.interval": config.penalty.interval,
+        "accumulate": config.accumulate,
     }
     not_negative = {
         "data.workers": config.data.workers,
@@ -241,3 +244,5 @@ def _check(config: Config) -> None:
         raise ValueError(f"optimizer.clip must be positive or null, got {config.optimizer.clip}")
     if config.precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}")
+    if config.fsdp and config.precision == "float16":
+        raise ValueError("precision must be float32 or bfloat16 with fsdp, got 'float16'")

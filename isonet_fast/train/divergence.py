@@ -11,11 +11,12 @@ from torch import Tensor, nn
 class Diverged(RuntimeError):
     """The loss became infinite or NaN; the message names the step, the layer and the remedy."""
 
-    def __init__(self, step: int, layer: str | None, more: str = "") -> None:
+    def __init__(self, step: int, layer: str | None, more: str = "", rank: int | None = None) -> None:
         where = (
             f"layer {layer!r} produced the first one" if layer else "every layer's output is finite, the loss is not"
         )
-        super().__init__(f"non-finite loss at step {step}: {where}. Halve the learning rate.{more}")
+        who = "" if rank is None else f" on rank {rank}"
+        super().__init__(f"non-finite loss at step {step}{who}: {where}. Halve the learning rate.{more}")
         self.step, self.layer = step, layer
 
 

@@ -1,4 +1,4 @@
-"""`isonet-fast evaluate` and `report`: accuracy and isometry of a checkpoint, ours or of the official code."""
+"""`isonet-fast evaluate`, `report` and `export`: accuracy, isometry and weights of a checkpoint, ours or official."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import diagnostics
 from ..models.isonet import BLOCKS, BOTTLENECK
 from ..models.load_official import official_state, read_checkpoint
-from . import checkpoint, config
+from . import checkpoint, config, weights
 from .build import build_model, choose_device
 from .config import Config, Model
 from .datasets import open_source
@@ -45,11 +45,9 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
 
 def network(path: Path, settings: Sequence[str] = (), preset: str | None = None) -> tuple[nn.Module, Config]:
     """The network in a checkpoint (see `run`), with its weights, and the configuration that it was trained with."""
-    contents, path = _read(path)
-    ours = isinstance(contents, Mapping) and "format" in contents
-    settled = config.load(preset, settings, contents["config"] if ours else None)
-    state = contents["model"] if ours else official_state(contents, path)
-    if not ours and preset is None:
+    state, base, path = _read(path)
+    settled = config.load(preset, settings, base)
+    if base is None and preset is None:
         settled.model = recognise(state, path)
     unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
     if unusual:
@@ -70,6 +68,14 @@ def isometry(path: Path, size: int, preset: str | None = None) -> diagnostics.Re
     return report
 
 
+def export(path: Path, output: Path, preset: str | None = None) -> None:
+    """`isonet-fast export`: the weights of a checkpoint (see `run`) as one plain state_dict, in `output`."""
+    weights.check_suffix(output)
+    model, settled = network(path, preset=preset)
+    weights.write(model, settled.model, output)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights of {path} written to {output}")
+
+
 def _report(model: nn.Module, examples: Any, settled: Config, device: torch.device) -> dict[str, float]:
     pin = device.type == "cuda"
     loader = Loader(examples, settled.data.eval_batch_size, settled.data.workers, settled.seed, False, pin)
@@ -87,13 +93,19 @@ def _report(model: nn.Module, examples: Any, settled: Config, device: torch.devi
     return {**means, "images": sums.examples, "corrupt": len(corrupt)}
 
 
-def _read(path: Path) -> tuple[Any, Path]:
-    if path.is_dir():
-        path = path / "best.pt" if (path / "best.pt").exists() else path / "latest.pt"
-    contents = read_checkpoint(path)
-    if isinstance(contents, Mapping) and "format" in contents:
-        return checkpoint.load(path), path
-    return contents, path
+def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None, Path]:
+    """The weights, the configuration that they were trained with (None if it is not known), and where they lie."""
+    if path.is_dir() and path.suffix != ".dcp":
+        path = next(iter(checkpoint.find(path, "best", "latest")), path / "latest.pt")
+    if path.suffix == ".safetensors":
+        state, model = weights.read_safetensors(path)
+        return state, None if model is None else {"model": model}, path
+    contents: Any = {"format": None} if path.is_dir() else read_checkpoint(path)
+    if not isinstance(contents, Mapping) or "format" not in contents:
+        model = weights.described(contents) if isinstance(contents, Mapping) else None
+        return (official_state(contents, path), None, path) if model is None else (contents, {"model": model}, path)
+    contents = checkpoint.load(path)
+    return contents["model"], contents["config"], path
 
 
 def recognise(state: Mapping[str, Tensor], path: Path) -> Model:

@@ -1,13 +1,18 @@
-"""Files that are whole or absent: written beside their place, then renamed."""
+"""Files and directories that are whole or absent: written beside their place, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class Damaged(ValueError):
+    """The file, or the directory, is not what was written."""
 
 
 @contextmanager
@@ -17,24 +22,40 @@ def replacing(path: Path) -> Iterator[Path]:
     Every writer has its own. A killed process leaves its one behind: see `sweep`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def sweep(directory: Path) -> None:
     """Remove what killed writers have left in a directory that nobody else writes to."""
     for temporary in directory.glob(".*-????????.tmp*"):
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
-def _sync(directory: Path) -> None:
+def discard(path: Path) -> None:
+    """Remove a file or a directory, if it is there; a directory loses its name before its content."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    if ".tmp" not in path.suffixes:
+        doomed = temporary_beside(path)
+        os.replace(path, doomed)
+        path = doomed
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(directory: Path) -> None:
     """Make the renaming itself survive a power cut, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""`isonet-fast train`: from the command line's words to a run, new or resumed."""
+"""`isonet-fast train`: from the command line's words to a run, new or resumed, of one process or of torchrun's."""
 
 from __future__ import annotations
 
@@ -6,53 +6,77 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config
+from . import checkpoint, config, distributed
 from .config import Config
+from .distributed import Processes
 from .loop import Run
+
+_LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
 
 
 def settings(args: argparse.Namespace) -> list[str]:
     """Flags are short for settings; `--set` is applied last."""
-    flags = [f"{key}=true" for key in ("channels_last", "compile") if getattr(args, key, False)]
-    if getattr(args, "precision", None):
-        flags.append(f"precision={args.precision}")
+    flags = [f"{key}=true" for key in ("channels_last", "compile", "fsdp") if getattr(args, key, False)]
+    flags += [
+        f"{key}={getattr(args, key)}" for key in ("precision", "accumulate") if getattr(args, key, None) is not None
+    ]
     if args.strict:
         flags.append("data.strict=true")
     return [*flags, *args.set]
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.resume is not None:
-        _resume(args)
-        return
+    with distributed.processes() as processes:
+        if args.resume is not None:
+            if args.output is not None:
+                raise ValueError("--resume goes on in its own directory; leave --output out")
+            _resume(args, args.resume, processes)
+        else:
+            _start(args, processes)
+
+
+def _start(args: argparse.Namespace, processes: Processes) -> None:
     if args.config is None:
         raise ValueError(f"say what to train with --config: {', '.join(config.presets())}, or a YAML file")
     settled = config.load(args.config, [*_data(args), *settings(args)])
     directory = args.output or Path("runs") / Path(args.config).stem
-    if (directory / "latest.pt").exists() or (directory / "previous.pt").exists():
+    if processes.from_main(lambda: _goes_on(directory)):
+        _resume(args, directory, processes)
+    else:
+        _fit(settled, directory, None, processes)
+
+
+def _goes_on(directory: Path) -> bool:
+    """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's."""
+    launch, begun = distributed.launch_name(), directory / _LAUNCH
+    if checkpoint.find(directory, "latest", "previous"):
+        if launch is not None and begun.exists() and begun.read_text() == launch:
+            return True
         raise ValueError(
             f"{directory} holds a run already: go on with --resume {directory}, or choose another --output"
         )
-    _fit(settled, directory, None)
+    if launch is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        begun.write_text(launch)
+    return False
 
 
-def _resume(args: argparse.Namespace) -> None:
+def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> None:
     """The configuration is the checkpoint's; what is given now on the command line goes over it."""
-    if args.output is not None:
-        raise ValueError("--resume goes on in its own directory; leave --output out")
-    state, path = checkpoint.load_latest(args.resume)
+    path = processes.from_main(lambda: checkpoint.load_latest(directory)[1])  # one choice, should the last be damaged
+    state = checkpoint.load(path)
     settled = config.load(args.config, [*_data(args), *settings(args)], state["config"])
     position = state["position"]
     if position["epoch"] > settled.schedule.epochs:
-        print(f"{path} is at the end of its {settled.schedule.epochs} epochs; raise schedule.epochs to go on")
+        processes.say(f"{path} is at the end of its {settled.schedule.epochs} epochs; raise schedule.epochs to go on")
         return
-    print(f"resuming from {path}: epoch {position['epoch']}, {position['batch']} batches of it done", flush=True)
-    _fit(settled, args.resume, state)
+    processes.say(f"resuming from {path}: epoch {position['epoch']}, {position['examples']} images of it done")
+    _fit(settled, directory, state, processes)
 
 
-def _fit(settled: Config, directory: Path, state: dict[str, Any] | None) -> None:
-    row = Run(settled, directory, state).fit()
-    print(f"done: validation top-1 {row['val_top1']:.2f} %; checkpoints and metrics.csv in {directory}")
+def _fit(settled: Config, directory: Path, state: dict[str, Any] | None, processes: Processes) -> None:
+    row = Run(settled, directory, state, processes).fit()
+    processes.say(f"done: validation top-1 {row['val_top1']:.2f} %; checkpoints and metrics.csv in {directory}")
 
 
 def _data(args: argparse.Namespace) -> list[str]:

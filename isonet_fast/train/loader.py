@@ -1,4 +1,5 @@
-"""Batches in an order that follows from (seed, epoch) alone, from any position of the epoch on.
+"""Batches in an order that follows from (seed, epoch) alone, from any position of the epoch on, for any number of
+processes.
 
 An item is asked for as (epoch, index), so that its augmentation follows from (seed, epoch, index): neither the number
 of workers nor what was loaded before changes a batch, and resuming needs two integers.
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .datasets import Corrupt, Examples
+from .distributed import ALONE, Processes
 
 
 class WorkerDied(RuntimeError):
@@ -36,14 +38,29 @@ class Batch(NamedTuple):
 
 
 class Order:
-    """The batches of an epoch as lists of keys; a last batch that is not full is dropped when training."""
+    """The batches of an epoch as lists of keys, of this process: rank `part[0]` of `part[1]`.
 
-    def __init__(self, count: int, batch_size: int, seed: int, train: bool) -> None:
+    Each step takes the next `step_size` examples of an order that all processes have in common; a process has its slice
+    of them, in `accumulate` batches. When training, a last step that is not full is dropped; else its slices are
+    uneven, and some may be empty.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, train: bool, part: tuple[int, int] = (0, 1), accumulate: int = 1
+    ) -> None:
         self.count, self.batch_size, self.seed, self.train = count, batch_size, seed, train
-        self.epoch, self.start = 0, 0
+        self.accumulate, self.slice = accumulate, batch_size * accumulate
+        self.rank, self.step_size = part[0], batch_size * accumulate * part[1]
+        self.epoch, self.start = 0, 0  # start: examples of the epoch that are done, of all processes
+
+    @property
+    def steps(self) -> int:
+        """From `start` to the end of the epoch."""
+        left = self.count - self.start
+        return left // self.step_size if self.train else -(-left // self.step_size)
 
     def __len__(self) -> int:
-        return self.count // self.batch_size if self.train else -(-self.count // self.batch_size)
+        return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
         if self.train:
@@ -51,8 +68,11 @@ class Order:
             order = torch.randperm(self.count, generator=generator).tolist()
         else:
             order = list(range(self.count))
-        for n in range(self.start, len(self)):
-            yield [(self.epoch, index) for index in order[n * self.batch_size : (n + 1) * self.batch_size]]
+        first = self.start + self.rank * self.slice
+        for step in range(self.steps):
+            for n in range(self.accumulate):
+                at = first + step * self.step_size + n * self.batch_size
+                yield [(self.epoch, index) for index in order[at : at + self.batch_size]]
 
 
 class _Items(Dataset):
@@ -72,13 +92,28 @@ class _Items(Dataset):
 
 
 class Loader:
-    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one a core."""
+    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one a core of what this
+    process has of its machine. `accumulate` batches make a step."""
 
-    def __init__(self, examples: Examples, batch_size: int, workers: int, seed: int, train: bool, pin: bool) -> None:
-        if train and len(examples) < batch_size:
-            raise ValueError(f"data.batch_size {batch_size} is more than the {len(examples)} training images")
-        workers = min(workers, os.cpu_count() or 1)
-        self.order = Order(len(examples), batch_size, seed, train)
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        train: bool,
+        pin: bool,
+        processes: Processes = ALONE,
+        accumulate: int = 1,
+    ) -> None:
+        self.order = Order(len(examples), batch_size, seed, train, (processes.rank, processes.size), accumulate)
+        if train and not self.order.steps:
+            several = [f" on {processes.size} processes"] * (processes.size > 1)
+            several += [f" accumulated {accumulate} times"] * (accumulate > 1)
+            raise ValueError(
+                f"data.batch_size {batch_size}{''.join(several)} is more than the {len(examples)} training images"
+            )
+        workers = min(workers, max(1, (os.cpu_count() or 1) // processes.local_size))
         self.loader: DataLoader = DataLoader(
             _Items(examples, seed),
             batch_sampler=self.order,
@@ -90,10 +125,8 @@ class Loader:
             generator=torch.Generator(),  # its own: it must not draw from the generator that dropout uses
         )
 
-    def __len__(self) -> int:
-        return len(self.order)
-
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """start: how many examples of the epoch are done, by all processes together."""
         self.order.epoch, self.order.start = epoch, start
         try:
             yield from self.loader

@@ -1,17 +1,21 @@
 """The training loop: what one run is, step by step, and how it stops and goes on.
 
 Everything that a step depends on is in `Run.state()`: weights, optimizer, loss scale, random generators, and the
-position (epoch, batches done). The data follow from the seed and the position (`loader`), the learning rate from the
-epoch (`schedule`). So a run resumed from any step goes on with the same bits on a CPU.
+position (epoch, examples of it done). The data follow from the seed and the position (`loader`), the learning rate from
+the epoch (`schedule`). So a run resumed from any step goes on with the same bits on a CPU.
+
+Under torchrun every process runs this loop, and those lines that exchange something are reached by all (`distributed`):
+the verdict on each step, the sums at the end of an epoch, the state for a checkpoint. Rank 0 reports and writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +26,10 @@ from torch import Tensor, nn
 
 from ..regularizer import OrthoRegularizer, param_groups
 from . import checkpoint, schedule
-from .build import autocast, build_model, choose_device
+from .build import autocast, build_model
 from .config import Config
 from .datasets import Corrupt, open_source
+from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
 from .divergence import Diverged, first_nonfinite
 from .files import sweep
 from .loader import Batch, Loader, WorkerDied
@@ -45,43 +50,67 @@ class Interrupted(Exception):
 class Run:
     """One training run in one directory. `fit()` trains it to its end."""
 
-    def __init__(self, config: Config, directory: Path, state: dict[str, Any] | None = None) -> None:
-        self.config, self.directory = config, directory
-        sweep(directory)
-        self.device = choose_device(config.device)
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        state: dict[str, Any] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self.config, self.directory, self.processes = config, directory, processes
+        if processes.main:
+            sweep(directory)
+        self.device = processes.device(config.device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.manual_seed(config.seed)
         self.source = open_source(config.data, config.seed)
         self.model = build_model(config.model, self.source.num_classes, self.source.channels).to(self.device)
-        if config.channels_last:
+        self.sharded = config.fsdp and processes.size > 1
+        if config.channels_last and not self.sharded:  # shards are contiguous; there the images alone bring the format
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups = param_groups(self.model, config.optimizer.lr, config.optimizer.weight_decay)
+        if self.sharded:
+            shard(self.model, processes, self.device, config.precision)
+        self.wrapped = self.model if self.sharded else wrap(self.model, processes, self.device)
+        groups = param_groups(self.model, config.optimizer.lr * processes.size, config.optimizer.weight_decay)
         self.base_lr = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.SGD(groups, config.optimizer.lr, config.optimizer.momentum)
+        self.optimizer = torch.optim.SGD(groups, self.base_lr[0], config.optimizer.momentum)
         self.reg = OrthoRegularizer(
-            self.model, config.penalty.coeff, config.penalty.kind, interval=config.penalty.interval
+            self.wrapped,
+            config.penalty.coeff,
+            config.penalty.kind,
+            interval=config.penalty.interval,
+            shard_group=processes.group,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
-        self.forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
+        self.forward: nn.Module = torch.compile(self.wrapped) if config.compile else self.wrapped  # type: ignore[assignment]
         data, pin = config.data, self.device.type == "cuda"
-        self.train_loader = Loader(self.source.train, data.batch_size, data.workers, config.seed, True, pin)
-        self.val_loader = Loader(self.source.val, data.eval_batch_size, data.workers, config.seed, False, pin)
+        common = data.workers, config.seed
+        self.train_loader = Loader(self.source.train, data.batch_size, *common, True, pin, processes, config.accumulate)
+        self.val_loader = Loader(self.source.val, data.eval_batch_size, *common, False, pin, processes)
         self.log = Log(directory)
         self.sums = Sums(self.device)
-        self.epoch, self.batch, self.step, self.best = 1, 0, 0, -1.0  # batch: batches of the epoch done
-        self.penalty = torch.tensor(float("nan"))  # of the last step, unweighted, wherever it was computed
+        self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0  # examples: of the epoch done, by all
+        self.penalty = torch.tensor(float("nan"), device=self.device)  # of the last step, unweighted, our share of it
         self.corrupt: dict[str, str] = {}
-        self._signal: int | None = None
+        self._signal = 0  # what this process was sent
+        self._stop = 0  # what all processes stop for
         self._saved_step = 0
-        if state is not None:
+        if state is None:
+            self._seed()
+        else:
             self._restore(state)
+
+    def _seed(self) -> None:
+        """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""
+        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.processes.rank}").getrandbits(63))
 
     # -- what a checkpoint holds ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        random = {"cpu": torch.get_rng_state()}
+        generators = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        mine = {"random": generators, "sums": self.sums.totals.cpu(), "penalty": self.penalty.cpu()}
         return {
             "config": self.config.as_dict(),
             "classes": [self.source.num_classes, self.source.channels],
@@ -89,11 +118,9 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "regularizer": self.reg.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random,
-            "position": {"epoch": self.epoch, "batch": self.batch, "step": self.step, "best": self.best},
-            "sums": self.sums.totals.cpu(),
-            "penalty": self.penalty.cpu(),
-            "corrupt": dict(self.corrupt),
+            "position": {"epoch": self.epoch, "examples": self.examples, "step": self.step, "best": self.best},
+            "ranks": self.processes.gather(mine),
+            "corrupt": self._all_corrupt(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -102,31 +129,60 @@ class Run:
                 f"the checkpoint is of a run on data with {state['classes'][0]} classes and {state['classes'][1]} "
                 f"channels; {self.config.data.source} has {self.source.num_classes} and {self.source.channels}"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        weights, optimizer = state["model"], state["optimizer"]
+        if self.sharded:
+            weights, optimizer = shards_of(weights, optimizer, self.model, self.optimizer)
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
         self.reg.load_state_dict(state["regularizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         position = state["position"]
-        self.epoch, self.batch, self.step = position["epoch"], position["batch"], position["step"]
+        self.epoch, self.examples, self.step = position["epoch"], position["examples"], position["step"]
         self.best = position["best"]
-        self.sums.totals.copy_(state["sums"])
-        self.penalty = state["penalty"]
         self.corrupt.update(state["corrupt"])
         self._saved_step = self.step
+        self._restore_own(state["ranks"])
 
-    def save(self) -> None:
-        checkpoint.save_latest(self.state(), self.directory)
-        self._saved_step = self.step
+    def _restore_own(self, ranks: list[dict[str, Any]]) -> None:
+        """What each process has of its own. Other processes than before: the sums go to rank 0, dropout starts anew."""
+        if len(ranks) != self.processes.size:
+            self._seed()
+            count = "one process" if len(ranks) == 1 else f"{len(ranks)} processes"
+            self.processes.say(
+                f"the checkpoint is of {count}, this run has {self.processes.size}: dropout is seeded anew from "
+                f"(seed, step, rank), and the learning rate is that of {self.processes.size} x the batch"
+            )
+            for sums, key in ((self.sums.totals, "sums"), (self.penalty, "penalty")):
+                total = torch.stack([rank[key] for rank in ranks]).sum(0)
+                sums.copy_(total if self.processes.main else torch.zeros_like(total))
+            return
+        mine = ranks[self.processes.rank]
+        torch.set_rng_state(mine["random"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in mine["random"]:
+            torch.cuda.set_rng_state(mine["random"]["cuda"], self.device)
+        self.sums.totals.copy_(mine["sums"])
+        self.penalty.copy_(mine["penalty"])
+
+    def save(self, name: str = "latest") -> None:
+        state, path = self.state(), self._path(name)
+        if self.sharded:
+            checkpoint.save_sharded(state, path, self.processes)
+        else:
+            self.processes.from_main(lambda: checkpoint.save(state, path))
+        if name == "latest":
+            self._saved_step = self.step
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.{'dcp' if self.sharded else 'pt'}"
 
     # -- training ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
         """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied."""
         row: dict[str, float] = {}
-        self.log.start(self.epoch)
+        if self.processes.main:
+            self.log.start(self.epoch)
+        self._announce()
         if not self.step:
             self.save()  # so that a divergence in the first epoch has a checkpoint to name
         with self._listening():
@@ -135,130 +191,188 @@ class Run:
                     row = self._train_epoch()
             except WorkerDied as error:
                 raise WorkerDied(
-                    f"{error}; the last checkpoint is {self.directory / 'latest.pt'} (step {self._saved_step}), "
+                    f"{error}; the last checkpoint is {self._path('latest')} (step {self._saved_step}), "
                     f"go on with: isonet-fast train --resume {self.directory}"
                 ) from error
             finally:
                 self.log.close()
         return row
 
+    def _announce(self) -> None:
+        """The arithmetic of the recipe, whose learning rates and batches are per GPU."""
+        size, accumulate, batch = self.processes.size, self.config.accumulate, self.config.data.batch_size
+        if size * accumulate > 1:
+            self.processes.say(
+                f"{size} processes, batch {size} x {accumulate} x {batch} = {size * accumulate * batch}, "
+                f"learning rate {size} x {self.config.optimizer.lr:g} = {self.base_lr[0]:g}"
+            )
+
     def _train_epoch(self) -> dict[str, float]:
         schedule.apply(self.optimizer, self.base_lr, self.epoch, self.config.schedule)
-        start, before = time.perf_counter(), self.sums.examples
+        start, before = time.perf_counter(), self.sums.over(self.processes).examples
         self.model.train()
         title = f"epoch {self.epoch}/{self.config.schedule.epochs}"
-        with progress(len(self.train_loader), self.batch, title) as bar:
-            for batch in self.train_loader.batches(self.epoch, self.batch):
-                self._train_step(batch)
-                self.batch += 1
+        order = self.train_loader.order
+        order.start, done = self.examples, self.examples // order.step_size
+        with progress(done + order.steps, done, title, self.processes.main) as bar:
+            batches: list[Batch] = []
+            for batch in self.train_loader.batches(self.epoch, self.examples):
+                batches.append(batch)
+                if len(batches) < self.config.accumulate:
+                    continue
+                self._train_step(batches)
+                batches = []
+                self.examples += order.step_size
                 bar.update()
-                if self.batch % 20 == 0:
-                    rate = (self.sums.examples - before) / (time.perf_counter() - start)
-                    loss, penalty = self.sums.means()["loss"], self.penalty.item()
+                if self.step % 20 == 0:
+                    sums, penalty = self.sums.over(self.processes), self.processes.sum(self.penalty).item()
+                    rate, loss = (sums.examples - before) / (time.perf_counter() - start), sums.means()["loss"]
                     bar.set_postfix_str(f"{rate:.0f} images/s, loss {loss:.3f}, penalty {penalty:.4g}", refresh=False)
                 self._after_step()
-        examples, seconds = self.sums.examples - before, time.perf_counter() - start
-        return self._end_epoch(examples / seconds, seconds)
+        sums, seconds = self.sums.over(self.processes), time.perf_counter() - start
+        return self._end_epoch(sums, (sums.examples - before) / seconds, seconds)
 
-    def _train_step(self, batch: Batch) -> None:
+    def _train_step(self, batches: list[Batch]) -> None:
         """Forward, cross entropy, backward, penalty, clipping, optimizer: in this order, for the loss is looked at
-        while the device computes the gradients, and nothing has changed yet if it is not finite."""
-        self._note(batch.corrupt)
+        while the device computes the gradients, and nothing has changed yet if it is not finite.
+
+        Among several processes with whole weights (DDP) each has its share of the penalty, and the last backward
+        averages the gradients: the share must be there before. It is in the loss scaler's units then.
+        """
         self.step += 1
-        if batch.images is None:
-            return
-        x, y = self._to_device(batch)
-        self.optimizer.zero_grad()
-        with autocast(self.config.precision, self.device):
-            logits = self.forward(x)
-        loss = F.cross_entropy(logits.float(), y)
-        on_host = _HostValue(loss)
-        self.scaler.scale(loss).backward()
-        if not math.isfinite(on_host.get()):
-            self._diverged(x)
+        for batch in batches:
+            self._note(batch.corrupt)
+        share_first = self.processes.size > 1 and not self.sharded
+        # on its way to the host long before it is needed
+        scale = OnHost(self.scaler.scale(torch.ones((), device=self.device))) if share_first else None
+        self.optimizer.zero_grad(set_to_none=not share_first)  # DDP's buckets stay where they are
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        for n, batch in enumerate(batches, 1):
+            last = n == len(batches)
+            with synchronising(self.wrapped, last):
+                x, y, weight = self._to_device(batch)
+                with self._autocast():
+                    logits = self.forward(x)
+                loss = F.cross_entropy(logits.float(), y)
+                seen.append((logits.detach(), y, loss.detach()))
+                if last:
+                    verdict = self._ask([loss for *_, loss in seen])
+                    if scale is not None:
+                        self.reg.accumulate_grad_(scale.get())
+                self.scaler.scale(loss * (weight / len(batches))).backward()
+        bad, self._stop = (int(value) for value in verdict.get())
+        if bad:
+            self._diverged(batches, self.processes.size - bad)
         self.scaler.unscale_(self.optimizer)
-        self.reg.accumulate_grad_()
+        if not share_first:
+            self.reg.accumulate_grad_()
         if self.reg.last is not None:  # None until the first one of `interval` calls
             self.penalty = self.reg.last
         if self.config.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.sums.add(logits.detach(), y, loss.detach())
+        for batch, (logits, y, loss) in zip(batches, seen, strict=True):
+            if batch.images is not None:
+                self.sums.add(logits, y, loss)
+
+    def _ask(self, losses: list[Tensor]) -> OnHost:
+        """Two numbers for all processes: size - rank of the first one whose loss is not finite, else 0; and the signal
+        that one of them was sent, else 0."""
+        bad = torch.stack(losses).isfinite().logical_not().any() * float(self.processes.size - self.processes.rank)
+        return self.processes.largest(torch.stack([bad, torch.full_like(bad, self._signal)]))
 
     def _after_step(self) -> None:
         every = self.config.checkpoint.every_steps
-        if self._signal is not None:
+        if self._stop:
             self.save()
-            raise Interrupted(self._signal, self.step, self.directory)
+            raise Interrupted(self._stop, self.step, self.directory)
         if every and self.step % every == 0:
             self.save()
 
-    def _end_epoch(self, rate: float, seconds: float) -> dict[str, float]:
+    def _end_epoch(self, trained: Sums, rate: float, seconds: float) -> dict[str, float]:
         """Validate, write the row, move on to the next epoch, save."""
         row: dict[str, float] = {
             "epoch": self.epoch,
             "step": self.step,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **self.sums.means(),
-            "penalty": self.penalty.item(),
+            **trained.means(),
+            "penalty": self.processes.sum(self.penalty).item(),
             "images_per_second": rate,
             "seconds": seconds,
         }
-        sums, corrupt = validate(self.model, self.val_loader, self.config, self.device)
+        sums, corrupt = validate(
+            self.model, self.val_loader, self.config, self.device, self._black() if self.sharded else None
+        )
         self._note(corrupt)
-        row |= {f"val_{name}": value for name, value in sums.means().items()}
-        row["corrupt_images"] = len(self.corrupt)
-        self.log.add(row)
-        print(
-            f"epoch {self.epoch}: loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, top-1 {row['top1']:.2f} %; "
-            f"validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, top-5 {row['val_top5']:.2f} %; "
-            f"{rate:.0f} images/s",
-            flush=True,
+        row |= {f"val_{name}": value for name, value in sums.over(self.processes).means().items()}
+        row["corrupt_images"] = len(self._all_corrupt())
+        if self.processes.main:
+            self.log.add(row)
+        self.processes.say(
+            f"epoch {self.epoch}: lr {row['lr']:.4g}, loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, "
+            f"top-1 {row['top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
+            f"top-5 {row['val_top5']:.2f} %; {rate:.0f} images/s"
         )
         best, done = row["val_top1"] > self.best, self.epoch
         self.best = max(self.best, row["val_top1"])
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch, self.examples = self.epoch + 1, 0
         self.sums.totals.zero_()
         if best:
-            checkpoint.save(self.state(), self.directory / "best.pt")
+            self.save("best")
         keep = self.config.checkpoint.keep_every_epochs
         if keep and done % keep == 0:
-            checkpoint.save(self.state(), self.directory / f"epoch-{done}.pt")
+            self.save(f"epoch-{done}")
         self.save()
-        if self._signal is not None and self.epoch <= self.config.schedule.epochs:
-            raise Interrupted(self._signal, self.step, self.directory)
+        self._stop = int(self.processes.largest(torch.tensor(float(self._signal), device=self.device)).get())
+        if self._stop and self.epoch <= self.config.schedule.epochs:
+            raise Interrupted(self._stop, self.step, self.directory)
         return row
 
     # -- what can go wrong ------------------------------------------------------------------------------------------
 
-    def _diverged(self, x: Tensor) -> None:
-        with autocast(self.config.precision, self.device):
-            layer = first_nonfinite(self.model, x)
+    def _diverged(self, batches: list[Batch], rank: int) -> None:
+        """All processes look for the layer, for a sharded forward pass needs all of them; `rank` has the loss."""
+        layers = []
+        for batch in batches:
+            with self._autocast():
+                layers.append(first_nonfinite(self.model, self._to_device(batch)[0]))
+        found = next((layer for layer in layers if layer), None)
         raise Diverged(
             self.step,
-            layer,
+            self.processes.gather(found)[rank],
             f" The weights are still those of step {self.step - 1}; the last good checkpoint is "
-            f"{self.directory / 'latest.pt'} (step {self._saved_step}).",
+            f"{self._path('latest')} (step {self._saved_step}).",
+            rank if self.processes.size > 1 else None,
         )
 
     def _note(self, corrupt: list[Corrupt]) -> None:
+        """Whichever process comes upon an image says so."""
+        who = f"rank {self.processes.rank}: " if self.processes.size > 1 else ""
         for image in corrupt:
             if self.config.data.strict:
                 raise ValueError(f"corrupt image: {image}; without --strict it would be skipped")
             if image.path not in self.corrupt:
                 self.corrupt[image.path] = image.reason
-                print(f"skipped a corrupt image, the {_ordinal(len(self.corrupt))}: {image}", flush=True)
+                print(f"{who}skipped a corrupt image, the {_ordinal(len(self.corrupt))}: {image}", flush=True)
+
+    def _all_corrupt(self) -> dict[str, str]:
+        """Those that any process has come upon; known to every process from then on."""
+        for others in self.processes.gather(self.corrupt):
+            self.corrupt.update(others)
+        return dict(sorted(self.corrupt.items()))
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step; a second one at once."""
+        """SIGINT and SIGTERM end the run after the step; a second one at once, except under torchrun, which repeats
+        the signal that it was sent itself, waits half a minute and kills."""
         previous: dict[signal.Signals, Any] = {}
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            for listened, handler in previous.items():
-                signal.signal(listened, handler)
+            if self.processes.size == 1:
+                for listened, handler in previous.items():
+                    signal.signal(listened, handler)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: the owner of the process listens
@@ -269,9 +383,20 @@ class Run:
             for listened, handler in previous.items():
                 signal.signal(listened, handler)
 
-    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        assert batch.images is not None
-        return to_device(batch.images, batch.labels, self.config, self.device)
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
+        """Images, labels, and what their loss counts: a batch of which nothing could be read is one black image that
+        counts nothing, for the other processes wait for this one's gradients."""
+        if batch.images is None:
+            return self._black(), torch.zeros(1, dtype=torch.long, device=self.device), 0.0
+        return *to_device(batch.images, batch.labels, self.config, self.device), 1.0
+
+    def _black(self) -> Tensor:
+        """Small: the networks take every size."""
+        return torch.zeros(1, self.source.channels, 32, 32, device=self.device)
+
+    def _autocast(self) -> AbstractContextManager:
+        """Sharded weights come in their precision already."""
+        return nullcontext() if self.sharded else autocast(self.config.precision, self.device)
 
 
 def to_device(images: Tensor, labels: Tensor, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -280,37 +405,28 @@ def to_device(images: Tensor, labels: Tensor, config: Config, device: torch.devi
 
 
 @torch.no_grad()
-def validate(model: nn.Module, loader: Loader, config: Config, device: torch.device) -> tuple[Sums, list[Corrupt]]:
-    """Loss and accuracies over the whole loader, in eval mode, and the images that could not be read."""
+def validate(
+    model: nn.Module, loader: Loader, config: Config, device: torch.device, stand_in: Tensor | None = None
+) -> tuple[Sums, list[Corrupt]]:
+    """Loss and accuracies over this process's part of the loader, in eval mode, and the images that could not be read.
+
+    stand_in: where the weights are sharded, what a process without images of its own computes, for every forward pass
+    needs all processes.
+    """
     model.eval()
     sums = Sums(device)
     corrupt: list[Corrupt] = []
     for batch in loader.batches():
         corrupt += batch.corrupt
         if batch.images is None:
+            if stand_in is not None:
+                model(stand_in)
             continue
         x, y = to_device(batch.images, batch.labels, config, device)
-        with autocast(config.precision, device):
+        with nullcontext() if stand_in is not None else autocast(config.precision, device):
             logits = model(x)
         sums.add(logits, y, F.cross_entropy(logits.float(), y))
     return sums, corrupt
-
-
-class _HostValue:
-    """A loss on its way to the host: `get` waits for the forward pass alone, not for what was launched after it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value, self.event = value.detach(), None
-        if value.is_cuda:
-            self.value = torch.empty((), dtype=value.dtype, pin_memory=True)
-            self.value.copy_(value.detach(), non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def get(self) -> float:
-        if self.event is not None:
-            self.event.synchronize()
-        return self.value.item()
 
 
 def _ordinal(n: int) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .distributed import Processes
 from .files import replacing
 
 COLUMNS = (
@@ -39,6 +40,12 @@ class Sums:
         if not count:
             return dict.fromkeys(("loss", "top1", "top5"), float("nan"))
         return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+    def over(self, processes: Processes) -> Sums:
+        """The sums of all processes together."""
+        sums = Sums(self.totals.device)
+        sums.totals = processes.sum(self.totals)
+        return sums
 
     @property
     def examples(self) -> int:
@@ -88,7 +95,9 @@ class Log:
             return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
 
 
-def progress(total: int, done: int, title: str) -> tqdm:
+def progress(total: int, done: int, title: str, shown: bool) -> tqdm:
     """A bar on a terminal; in a log file a line every ten seconds."""
     refresh = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(total=total, initial=done, desc=title, unit="step", mininterval=refresh, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=done, desc=title, unit="step", mininterval=refresh, dynamic_ncols=True, disable=not shown
+    )

@@ -64,7 +64,7 @@ def test_resume_extends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert checkpoint.load(tmp_path / "latest.pt")["position"] == {**POSITION, "best": pytest.approx(50, abs=50)}
 
 
-POSITION = {"epoch": 3, "batch": 0, "step": 4}
+POSITION = {"epoch": 3, "examples": 0, "step": 4}
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from isonet_fast.train import checkpoint, loop
 from isonet_fast.train.config import Config
 from isonet_fast.train.divergence import Diverged
 from isonet_fast.train.loop import Interrupted, Run
+
+from .several import Noisy
 
 
 def same(a: Any, b: Any, path: str = "") -> None:
@@ -45,17 +46,6 @@ def rows(directory: Path) -> list[dict[str, str]]:
         ]
 
 
-class Noisy(nn.Module):
-    """A network that draws from the global generator at every step."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.dropout = inner, nn.Dropout(0.2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(self.dropout(x))
-
-
 @pytest.fixture
 def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
     real = loop.build_model
@@ -67,9 +57,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Run._train_step
 
     def train_step(self: Run, batch: Any) -> None:
-        real(self, batch)
-        if self.step == step:
+        if self.step == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        real(self, batch)
 
     monkeypatch.setattr(Run, "_train_step", train_step)
 
@@ -109,7 +99,7 @@ def test_the_gradient_is_cross_entropy_plus_penalty(small: Callable[..., Config]
     batch = next(run.train_loader.batches(1))
     loss = F.cross_entropy(run.model.train()(batch.images), batch.labels) + run.reg()
     expected = dict(zip(before, torch.autograd.grad(loss, list(run.model.parameters()))))
-    run._train_step(batch)
+    run._train_step([batch])
     for group, base in zip(run.optimizer.param_groups, run.base_lr):
         assert group["lr"] == base
     for name, p in run.model.named_parameters():
@@ -127,7 +117,7 @@ def test_residual_networks_train_their_scales_at_a_tenth(small: Callable[..., Co
 
 def test_clipping_comes_after_the_penalty(small: Callable[..., Config], tmp_path: Path) -> None:
     run = Run(small("optimizer.clip=0.001", "penalty.coeff=10"), tmp_path)
-    run._train_step(next(run.train_loader.batches(1)))
+    run._train_step([next(run.train_loader.batches(1))])
     norm = torch.stack([p.grad.norm() for p in run.model.parameters()]).norm()
     assert norm <= 0.001 * 1.0001
 
@@ -191,7 +181,7 @@ def test_a_folded_convolution_is_found_by_its_branch(small: Callable[..., Config
     run = Run(small("model.residual=true"), tmp_path)
     run.model.get_submodule("s2.b1.f.b").weight.data.fill_(float("inf"))
     with pytest.raises(Diverged, match=r"layer 's2\.b1\.f' produced the first one"):
-        run._train_step(next(run.train_loader.batches(1)))
+        run._train_step([next(run.train_loader.batches(1))])
 
 
 def test_divergence_in_the_first_epoch_still_has_a_checkpoint(small: Callable[..., Config], tmp_path: Path) -> None:

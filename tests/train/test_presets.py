@@ -18,7 +18,7 @@ def test_one_step(name: str, tmp_path: Path) -> None:
     run = Run(config.load(name, SMALL), tmp_path)
     run.model.train()
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if "head" in n or "scale" in n}
-    run._train_step(next(run.train_loader.batches(1, 0)))
+    run._train_step([next(run.train_loader.batches(1))])
     assert run.step == 1 and run.sums.examples == 2
     assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters() if n in before)
     assert run.reg.last is not None and run.reg.last.isfinite()

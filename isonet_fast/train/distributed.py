@@ -1,0 +1,206 @@
+"""The processes of a run: what torchrun's environment says of them, and what they tell each other.
+
+One process alone has no process group: every exchange gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.blocks import Block
+from .build import choose_device
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run (rank of size) and among those of its machine (local_rank of local_size)."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> Any:
+        """Of all processes; None where there is one alone."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def device(self, name: str) -> torch.device:
+        """The device of this process: of several processes each has the GPU of its local rank."""
+        device = choose_device(name)
+        if device.type != "cuda" or self.size == 1:
+            return device
+        if device.index is not None:
+            raise ValueError(f"device must be auto, cuda or cpu where torchrun starts the processes, got {name!r}")
+        if self.local_size > torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started {self.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; "
+                "--nproc-per-node must not be more than that"
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    # -- exchanges: every process must come here, in the same order ---------------------------------------------------
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, a new tensor."""
+        value = value.clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def largest(self, value: Tensor) -> OnHost:
+        """The element-wise maximum over all processes, on its way to the host."""
+        return OnHost(value, dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None)
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's, in the order of the ranks; through pickle, among the processes of one run."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What `function` returns on rank 0, which alone calls it. Where it fails, rank 0 says why and all leave."""
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [False, None]
+        try:
+            if self.main:
+                outcome = [True, function()]
+        finally:  # the others must not wait for what will never come
+            dist.broadcast_object_list(outcome, src=0)
+        if not outcome[0]:
+            raise SystemExit(1)
+        return outcome[1]
+
+
+ALONE = Processes()
+
+
+class OnHost:
+    """Values on their way to the host: `get` waits for them alone, not for what was launched after them."""
+
+    def __init__(self, value: Tensor, work: Any = None) -> None:
+        self.device_value, self.work, self.event = value.detach(), work, None
+        if value.is_cuda:
+            self.host_value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            stream = torch.cuda.current_stream() if work is None else _side_stream(value.device)
+            with torch.cuda.stream(stream):  # the stream that computes must not wait for the other processes
+                if work is not None:
+                    work.wait()
+                self.host_value.copy_(self.device_value, non_blocking=True)
+                self.event = torch.cuda.Event()
+                self.event.record()
+
+    def get(self) -> Any:
+        if self.event is not None:
+            self.event.synchronize()
+            return self.host_value.tolist()
+        if self.work is not None:
+            self.work.wait()
+        return self.device_value.tolist()
+
+
+_side_streams: dict[torch.device, Any] = {}
+
+
+def _side_stream(device: torch.device) -> Any:
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)
+    return _side_streams[device]
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Processes]:
+    """What torchrun has started, one process alone without it. Torn down where the run ends well: after a failure the
+    others may never answer."""
+    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    if size == 1:
+        yield ALONE
+        return
+    # tensors go through the backend of their device; what is exchanged as an object stays on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    yield Processes(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.destroy_process_group()
+
+
+def launch_name() -> str | None:
+    """What all restarts by one torchrun (or of one job, by its --rdzv-id) have in common; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"none, process {os.getppid()}" if name == "none" else name  # "none" is torchrun's default for everyone
+
+
+def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """Data parallel: gradients are averaged over the processes during backward."""
+    if processes.size == 1:
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+
+
+def shard(model: nn.Module, processes: Processes, device: torch.device, precision: str) -> None:
+    """Fully sharded, in place: each process keeps a part of every block's weights, gradients and momentum in float32;
+    a block is gathered where it is computed, in bfloat16 for that precision."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: a second that nobody else should wait
+
+    half = torch.bfloat16 if precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+    mesh = init_device_mesh(device.type, (processes.size,))
+    for module in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def shards_of(
+    weights: Mapping[str, Tensor], state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Of the weights and the optimizer's state, whole on every process, each process's part, as `shard` lays it out."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def part(whole: Any, parameter: Any) -> Any:
+        if not isinstance(whole, Tensor) or not isinstance(parameter, DTensor):
+            return whole
+        mesh = parameter.device_mesh
+        whole = whole.to(mesh.device_type, memory_format=torch.contiguous_format)
+        return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+
+    own = model.state_dict()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {key: part(value, parameters[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {name: part(value, own.get(name)) for name, value in weights.items()}, {**state, "state": moments}
+
+
+def synchronising(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Of the micro-batches of a step only the last one's backward exchanges gradients."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    exchange: Any = getattr(model, "set_requires_gradient_sync", None)  # of a sharded one
+    if exchange is not None:
+        exchange(last)
+    return nullcontext()
