@@ -12,7 +12,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def _collate(items: list[Item]) -> Batch:
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.long), corrupt)
 
 
-def _forkserver() -> Any:
+def _forkserver() -> multiprocessing.context.BaseContext | None:
     """Workers that a process of its own forks, after it has imported what they need; None where there is no fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
