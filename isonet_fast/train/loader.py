@@ -7,6 +7,7 @@ of workers nor what was loaded before changes a batch, and resuming needs two in
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -93,7 +94,11 @@ class _Items(Dataset):
 
 class Loader:
     """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one a core of what this
-    process has of its machine. `accumulate` batches make a step."""
+    process has of its machine. `accumulate` batches make a step.
+
+    Among several processes the workers are no forks of this one: a fork while a thread of the process group holds a
+    lock hangs (seen with gloo; PyTorch warns of it for NCCL).
+    """
 
     def __init__(
         self,
@@ -122,6 +127,7 @@ class Loader:
             pin_memory=pin,
             persistent_workers=train and workers > 0,
             worker_init_fn=_ignore_interrupt,
+            multiprocessing_context=_forkserver() if workers and processes.size > 1 else None,
             generator=torch.Generator(),  # its own: it must not draw from the generator that dropout uses
         )
 
@@ -141,6 +147,15 @@ def _collate(items: list[Item]) -> Batch:
     corrupt = [item for item in items if isinstance(item, Corrupt)]
     images = torch.stack([image for image, _ in good]) if good else None
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.long), corrupt)
+
+
+def _forkserver() -> multiprocessing.context.BaseContext | None:
+    """Workers that a process of its own forks, after it has imported what they need; None where there is no fork."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _ignore_interrupt(worker: int) -> None:

@@ -26,16 +26,22 @@ def torchrun(ranks: int, commands: list[Command], folder: Path) -> subprocess.Co
     """Run the commands on so many gloo processes; standard output and error hold what all of them said."""
     plan = folder / f"plan-{ranks}.json"
     plan.write_text(json.dumps(commands))
-    return subprocess.run(
+    with subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
             *("-m", "tests.train.several", str(plan)),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-    )
+    ) as process:
+        try:
+            said = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its processes then; killed, it would leave them behind
+            raise AssertionError(f"{ranks} ranks hang: {process.communicate()}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
 
 class Noisy(nn.Module):

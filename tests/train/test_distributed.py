@@ -74,7 +74,12 @@ def two(folder: Path, one: Path) -> Any:
     photographs(folder / "images")
     new = lambda name, *settings: words(folder / name, *settings)
     stop = ["SIGTERM", 1, 7]
-    pictures = [f"data.source=imagefolder:{folder / 'images'}", "data.image_size=16", "data.batch_size=1"]
+    pictures = [
+        f"data.source=imagefolder:{folder / 'images'}",
+        "data.image_size=16",
+        "data.batch_size=1",
+        "data.workers=1",
+    ]
     return start(
         2,
         folder,
