@@ -35,19 +35,13 @@ ISONET_FAST_INLINE const Vector& vector_at(const float* p) { return *reinterpret
 template <bool kTransposed, int kRows, int kVectors>
 ISONET_FAST_INLINE void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride) {
   Vector sum[kRows][kVectors];
-#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) sum[i][j] = vector_at(c + i * stride + j * kLanes);
   for (int64_t k = 0; k < depth; ++k, a += kTransposed ? stride : 1, b += stride) {
-#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] += a[kTransposed ? i : i * stride] * vector_at(b + j * kLanes);
   }
-#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) vector_at(c + i * stride + j * kLanes) = sum[i][j];
 }
 

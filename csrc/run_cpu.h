@@ -1,5 +1,5 @@
 // Every loop body is written once and compiled twice: for the baseline of the platform and for AVX2, chosen at
-// run time, so a wheel needs no -march.
+// run time, so a wheel needs no -march. A body is an object whose operator() is always inlined.
 #pragma once
 
 #define ISONET_FAST_INLINE [[gnu::always_inline]] inline

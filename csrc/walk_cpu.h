@@ -5,7 +5,8 @@
 // in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these are
 // added in order, in double, at the end: the same bits for any number of threads.
 //
-// (AVX-512 gains nothing here: memory is the limit.)
+// Every loop body is compiled for the baseline and for AVX2 (run_cpu.h). AVX-512 gains nothing here: memory is the
+// limit.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

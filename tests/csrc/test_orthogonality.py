@@ -20,7 +20,7 @@ ops = torch.ops.isonet_fast
 # weight shape (O, I/g, k...), stride, dilation, groups
 LAYERS = [
     ((16, 16, 3, 3), 1, 1, 1),
-    ((32, 16, 3, 3), 2, 1, 1),
+    ((20, 4, 3, 3), 2, 1, 1),  # more rows than the operator has columns: "lorth" subtracts a constant
     ((16, 32, 3, 3), 2, 2, 1),
     ((7, 9, 5, 5), 3, 1, 1),
     ((9, 7, 5, 5), 2, 1, 1),
@@ -122,6 +122,7 @@ def network():
     """Small layers with larger and equal ones between them."""
     specs = [LAYERS[n] for n in (0, 1, 3, 0, 10, 12, 14)]
     specs[3:3] = [((160, 130, 1, 1), 1, 1, 1)]
+    assert specs[1][0] == (20, 4, 3, 3)  # its penalty is "lorth", with a constant that one share subtracts
     geometry = [(s, e, g, PENALTIES[n % 3]) for n, (_, s, e, g) in enumerate(specs)]
     return [random_weight(spec[0]).requires_grad_() for spec in specs], geometry
 
