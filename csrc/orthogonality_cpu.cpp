@@ -26,6 +26,9 @@ namespace isonet_fast::cpu {
 namespace {
 
 constexpr int64_t kLanes = 8;
+// So many products are added before they join the result: it is a small difference of larger numbers, and fewer
+// roundings are of the size of those.
+constexpr int64_t kDepth = 64;
 typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
 
 ISONET_FAST_INLINE Vector& vector_at(float* p) { return *reinterpret_cast<Vector*>(p); }
@@ -34,15 +37,13 @@ ISONET_FAST_INLINE const Vector& vector_at(const float* p) { return *reinterpret
 // c (kRows x kVectors) += a b, with the sums in registers. All three have rows of `stride`; a may be given transposed.
 template <bool kTransposed, int kRows, int kVectors>
 ISONET_FAST_INLINE void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride) {
-  Vector sum[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) sum[i][j] = vector_at(c + i * stride + j * kLanes);
+  Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += kTransposed ? stride : 1, b += stride) {
     for (int i = 0; i < kRows; ++i)
       for (int j = 0; j < kVectors; ++j) sum[i][j] += a[kTransposed ? i : i * stride] * vector_at(b + j * kLanes);
   }
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) vector_at(c + i * stride + j * kLanes) = sum[i][j];
+    for (int j = 0; j < kVectors; ++j) vector_at(c + i * stride + j * kLanes) += sum[i][j];
 }
 
 template <bool kTransposed, int kVectors>
@@ -70,11 +71,14 @@ template <bool kTransposed>
 struct Multiply {
   ISONET_FAST_INLINE void operator()(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
                                      int64_t stride) const {
-    for (int64_t j = 0; j < stride; j += 2 * kLanes)
-      if (stride - j >= 2 * kLanes)
-        multiply_panel<kTransposed, 2>(rows, depth, a, b + j, c + j, stride);
-      else
-        multiply_panel<kTransposed, 1>(rows, depth, a, b + j, c + j, stride);
+    for (; depth > 0; depth -= kDepth, a += kDepth * (kTransposed ? stride : 1), b += kDepth * stride) {
+      const int64_t d = depth < kDepth ? depth : kDepth;
+      for (int64_t j = 0; j < stride; j += 2 * kLanes)
+        if (stride - j >= 2 * kLanes)
+          multiply_panel<kTransposed, 2>(rows, d, a, b + j, c + j, stride);
+        else
+          multiply_panel<kTransposed, 1>(rows, d, a, b + j, c + j, stride);
+    }
   }
 };
 

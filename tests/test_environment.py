@@ -44,7 +44,9 @@ def test_says_that_the_compiled_kernels_serve():
         pytest.skip(_library.why_not_compiled)
     served = environment.describe()
     assert served["srelu, residual_srelu on cpu"] == "C++ kernels (csrc)"
-    assert served["orthogonality_loss on cpu"].startswith("C++ kernel (csrc) for small float32 layers, otherwise closed")
+    assert served["orthogonality_loss on cpu"].startswith(
+        "C++ kernel (csrc) for small float32 layers, otherwise closed"
+    )
 
 
 @pytest.mark.parametrize("op, launch", [(OPS[0], "srelu"), (OPS[1], "orthogonality_loss")])

@@ -1,8 +1,8 @@
 """The orthogonality penalty of a list of weights as one op: schema, fake, autograd, dispatch.
 
-`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and
-for float64, the closed form does, but for small layers on the CPU (`small_layers`). Whatever the forward keeps for the backward belongs to that call: two forwards
-before a backward are right.
+`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and for
+float64, the closed form does, but for small layers on the CPU (`small_layers`). Whatever the forward keeps for the
+backward belongs to that call: two forwards before a backward are right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compiled penalty of small layers against the reference: every geometry, layout and tail, limits, shards, threads."""
+"""The compiled penalty of small layers against the reference: geometries, layouts, tails, limits, shards, threads."""
 
 from __future__ import annotations
 
@@ -108,6 +108,18 @@ def test_every_tail():
     for outputs in range(1, 20):
         for inputs in (1, 2, 3, 5, 13, outputs, outputs + 1):
             check(random_weight((outputs, inputs, 3)), 1, 1, 1, "lorth", message=f"{outputs} {inputs}")
+
+
+def test_the_gradient_near_the_optimum():
+    """A residual of a thousandth is the difference of a sum of hundreds of products and 1."""
+    for shape in ((16, 1000), (24, 16, 3, 3, 3), (128, 128)):
+        weight = torch.nn.init.orthogonal_(torch.empty(shape)) + 1e-3 * random_weight(shape)
+        grad, problem = torch.zeros(shape), problem_of([weight], [(1, 1, 1, "matrix")])
+        orthogonality.accumulate_grad_([weight], [grad], problem, 1.0)
+        (_, exact), (_, plain) = (
+            expected(weight, 1, 1, 1, "matrix", dtype) for dtype in (torch.float64, torch.float32)
+        )
+        assert_accurate(grad, exact, plain, shape)
 
 
 @pytest.mark.parametrize(
