@@ -25,40 +25,42 @@
 namespace isonet_fast::cpu {
 namespace {
 
-constexpr int64_t kLanes = 8;
+constexpr int64_t kPadding = 8;  // floats in the longest vector
 // So many products are added before they join the result: it is a small difference of larger numbers, and fewer
 // roundings are of the size of those.
 constexpr int64_t kDepth = 64;
-typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
-
-ISONET_FAST_INLINE Vector& vector_at(float* p) { return *reinterpret_cast<Vector*>(p); }
-ISONET_FAST_INLINE const Vector& vector_at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+template <int kLanes>
+struct VectorOf {
+  typedef float Type __attribute__((vector_size(4 * kLanes), may_alias));
+};
 
 // c (kRows x kVectors) += a b, with the sums in registers. All three have rows of `stride`; a may be given transposed.
-template <bool kTransposed, int kRows, int kVectors>
+template <int kLanes, bool kTransposed, int kRows, int kVectors>
 ISONET_FAST_INLINE void multiply_tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride) {
+  using Vector = typename VectorOf<kLanes>::Type;
   Vector sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k, a += kTransposed ? stride : 1, b += stride) {
+    const Vector* const right = reinterpret_cast<const Vector*>(b);
     for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += a[kTransposed ? i : i * stride] * vector_at(b + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += a[kTransposed ? i : i * stride] * right[j];
   }
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVectors; ++j) vector_at(c + i * stride + j * kLanes) += sum[i][j];
+    for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(c + i * stride + j * kLanes) += sum[i][j];
 }
 
-template <bool kTransposed, int kVectors>
+template <int kLanes, bool kTransposed, int kVectors>
 ISONET_FAST_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
                                        int64_t stride) {
   // As many rows at a time as registers hold, and the same number again and again rather than a short last tile.
   for (int64_t tiles = (rows + 5) / 6; tiles > 0; --tiles) {
     const int64_t height = (rows + tiles - 1) / tiles;
     switch (height) {
-      case 6: multiply_tile<kTransposed, 6, kVectors>(depth, a, b, c, stride); break;
-      case 5: multiply_tile<kTransposed, 5, kVectors>(depth, a, b, c, stride); break;
-      case 4: multiply_tile<kTransposed, 4, kVectors>(depth, a, b, c, stride); break;
-      case 3: multiply_tile<kTransposed, 3, kVectors>(depth, a, b, c, stride); break;
-      case 2: multiply_tile<kTransposed, 2, kVectors>(depth, a, b, c, stride); break;
-      default: multiply_tile<kTransposed, 1, kVectors>(depth, a, b, c, stride);
+      case 6: multiply_tile<kLanes, kTransposed, 6, kVectors>(depth, a, b, c, stride); break;
+      case 5: multiply_tile<kLanes, kTransposed, 5, kVectors>(depth, a, b, c, stride); break;
+      case 4: multiply_tile<kLanes, kTransposed, 4, kVectors>(depth, a, b, c, stride); break;
+      case 3: multiply_tile<kLanes, kTransposed, 3, kVectors>(depth, a, b, c, stride); break;
+      case 2: multiply_tile<kLanes, kTransposed, 2, kVectors>(depth, a, b, c, stride); break;
+      default: multiply_tile<kLanes, kTransposed, 1, kVectors>(depth, a, b, c, stride);
     }
     rows -= height;
     a += height * (kTransposed ? 1 : stride);
@@ -67,7 +69,7 @@ ISONET_FAST_INLINE void multiply_panel(int64_t rows, int64_t depth, const float*
 }
 
 // c (rows x stride) += a b: a is rows x depth, or depth x rows if transposed.
-template <bool kTransposed>
+template <int kLanes, bool kTransposed>
 struct Multiply {
   ISONET_FAST_INLINE void operator()(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
                                      int64_t stride) const {
@@ -75,12 +77,20 @@ struct Multiply {
       const int64_t d = depth < kDepth ? depth : kDepth;
       for (int64_t j = 0; j < stride; j += 2 * kLanes)
         if (stride - j >= 2 * kLanes)
-          multiply_panel<kTransposed, 2>(rows, d, a, b + j, c + j, stride);
+          multiply_panel<kLanes, kTransposed, 2>(rows, d, a, b + j, c + j, stride);
         else
-          multiply_panel<kTransposed, 1>(rows, d, a, b + j, c + j, stride);
+          multiply_panel<kLanes, kTransposed, 1>(rows, d, a, b + j, c + j, stride);
     }
   }
 };
+
+template <bool kTransposed>
+void multiply(int64_t rows, int64_t depth, const float* a, const float* b, float* c, int64_t stride) {
+  if (has_avx2())  // elsewhere registers hold four floats, and compilers handle longer vectors badly
+    run(Multiply<8, kTransposed>{}, rows, depth, a, b, c, stride);
+  else
+    run(Multiply<4, kTransposed>{}, rows, depth, a, b, c, stride);
+}
 
 // The sum of the squares, and the transpose.
 struct Square {
@@ -138,7 +148,7 @@ struct Plan {
         rows(weight.rows.size()),
         columns(weight.columns.size()),
         taps(weight.taps.size()),
-        stride((rows + kLanes - 1) / kLanes * kLanes),
+        stride((rows + kPadding - 1) / kPadding * kPadding),
         tap(columns * stride) {}
 
   int64_t scratch() const { return 2 * taps * tap + 2 * rows * stride; }
@@ -182,15 +192,15 @@ double compute(const Plan& plan, int64_t group, bool add, float* scratch) {
     if (zero)
       for (int64_t m = 0; m < rows; ++m) residual[m * stride + m] = -1;
     for_runs(layer.kernel, t, [&](int64_t u, int64_t v, int64_t length) {
-      run(Multiply<true>{}, rows, length * columns, packed + u * tap, packed + v * tap, residual, stride);
+      multiply<true>(rows, length * columns, packed + u * tap, packed + v * tap, residual, stride);
     });
     double square;
     run(Square{}, rows, stride, residual, transpose, square);
     loss += zero ? square / 2 : square;
     if (layer.grad == nullptr) continue;
     for_runs(layer.kernel, t, [&](int64_t u, int64_t v, int64_t length) {
-      run(Multiply<false>{}, length * columns, rows, packed + v * tap, transpose, grad + u * tap, stride);
-      if (!zero) run(Multiply<false>{}, length * columns, rows, packed + u * tap, residual, grad + v * tap, stride);
+      multiply<false>(length * columns, rows, packed + v * tap, transpose, grad + u * tap, stride);
+      if (!zero) multiply<false>(length * columns, rows, packed + u * tap, residual, grad + v * tap, stride);
     });
   }
 

@@ -17,11 +17,19 @@ template <class Body, class... Arguments>
 }
 #endif
 
+inline bool has_avx2() {
+#ifdef ISONET_FAST_AVX2
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return avx2;
+#else
+  return false;
+#endif
+}
+
 template <class Body, class... Arguments>
 void run(const Body& body, Arguments&&... arguments) {
 #ifdef ISONET_FAST_AVX2
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) return run_avx2(body, arguments...);
+  if (has_avx2()) return run_avx2(body, arguments...);
 #endif
   body(arguments...);
 }
