@@ -2,7 +2,7 @@
 //
 // A penalty of 16 to 64 channels is a few hundred multiplications of matrices that fit in the first-level cache. As
 // operations of torch each costs more to start, and its operands more to slice, transpose and add, than to multiply.
-// Here a thread takes a layer's group, packs its taps, and keeps taps, gradient and residual in its second-level cache
+// Here a thread takes a layer's group, packs its taps, and keeps taps, gradient and residual in its cache
 // until the group is done. Groups are independent and each keeps its own sum: the same bits for any number of threads.
 //
 // A tap is packed as its transpose, columns x rows, with the rows padded to whole vectors by zeros. Taps that follow
@@ -29,6 +29,7 @@ constexpr int64_t kPadding = 8;  // floats in the longest vector
 // So many products are added before they join the result: it is a small difference of larger numbers, and fewer
 // roundings are of the size of those.
 constexpr int64_t kDepth = 64;
+
 template <int kLanes>
 struct VectorOf {
   typedef float Type __attribute__((vector_size(4 * kLanes), may_alias));
