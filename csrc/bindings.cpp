@@ -12,10 +12,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "orthogonality.h"
 #include "residual_srelu.h"
 #include "srelu.h"
 
@@ -262,6 +264,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_srelu_backward(Tensor grad_o
   return {grad_shortcut, grad_branch, grad_bias, grad_scale};
 }
 
+// The next layer of the plan: groups, transposed, kernel (3), number of offsets, then 3 numbers per offset.
+isonet_fast::OrthogonalityLayer read_layer(const Tensor& weight, const int64_t*& at, const int64_t* end) {
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_cpu(), "weights must be float32 on the CPU");
+  STD_TORCH_CHECK(end - at >= 6 && at[5] >= 0 && (end - at - 6) / 3 >= at[5], "plan must describe every weight");
+  isonet_fast::OrthogonalityLayer layer{};
+  layer.dims = weight.dim();
+  layer.sizes = weight.sizes().data();
+  layer.weight = static_cast<const float*>(weight.const_data_ptr());
+  layer.weight_strides = weight.strides().data();
+  layer.groups = at[0];
+  layer.transposed = at[1] != 0;
+  std::copy(at + 2, at + 5, layer.kernel);
+  layer.one_tap = layer.kernel[0] * layer.kernel[1] * layer.kernel[2] == 1;
+  layer.count = at[5];
+  layer.offsets = at + 6;
+  STD_TORCH_CHECK(layer.dims >= 2 && layer.dims <= 5 && layer.groups > 0 && layer.sizes[0] % layer.groups == 0,
+                  "weights must be (groups * rows, columns, k...)");
+  for (int64_t d = 0; d < 3 && !layer.one_tap; ++d)
+    STD_TORCH_CHECK(layer.kernel[d] == (d + layer.dims < 5 ? 1 : layer.sizes[d + layer.dims - 3]),
+                    "plan must hold the kernel of every weight");
+  for (int64_t n = 0; n < 3 * layer.count; ++n)
+    STD_TORCH_CHECK(std::abs(layer.offsets[n]) < layer.kernel[n % 3], "offsets must be smaller than the kernel");
+  at = layer.offsets + 3 * layer.count;
+  return layer;
+}
+
+Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor plan,
+                            std::vector<double> scale, bool add) {
+  STD_TORCH_CHECK(grads.empty() || grads.size() == weights.size(), "grads must be as many as weights, or none");
+  STD_TORCH_CHECK(scale.size() == weights.size(), "scale must be as many as weights");
+  STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Long && plan.is_contiguous() && plan.is_cpu(),
+                  "plan must be contiguous int64 on the CPU");
+  const auto* at = static_cast<const int64_t*>(plan.const_data_ptr());
+  const int64_t* const end = at + plan.numel();
+  std::vector<isonet_fast::OrthogonalityLayer> layers;
+  for (size_t n = 0; n < weights.size(); ++n) {
+    layers.push_back(read_layer(weights[n], at, end));
+    layers[n].scale = static_cast<float>(scale[n]);
+    if (grads.empty()) continue;
+    check_same(grads[n], weights[n], "grads");
+    layers[n].grad = static_cast<float*>(grads[n].mutable_data_ptr());
+    layers[n].grad_strides = grads[n].strides().data();
+  }
+  const int64_t count = weights.size(), step = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &count, &step, aoti_torch_dtype_float64(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor losses(handle);
+  isonet_fast::cpu::orthogonality(layers, add, static_cast<double*>(losses.mutable_data_ptr()));
+  return losses;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(isonet_fast, m) {
@@ -272,6 +326,7 @@ STABLE_TORCH_LIBRARY(isonet_fast, m) {
   m.def("residual_srelu_(Tensor shortcut, Tensor(a!) branch, Tensor bias, Tensor? scale) -> ()");
   m.def("residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch, Tensor bias, Tensor scale)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("orthogonality_small_(Tensor[] weights, Tensor(a!)[] grads, Tensor plan, float[] scale, bool add) -> Tensor");
 }
 
 #define ISONET_FAST_IMPLEMENT(m)                                          \
@@ -282,7 +337,10 @@ STABLE_TORCH_LIBRARY(isonet_fast, m) {
   m.impl("residual_srelu_", TORCH_BOX(&residual_srelu_));                 \
   m.impl("residual_srelu_backward", TORCH_BOX(&residual_srelu_backward))
 
-STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CPU, m) { ISONET_FAST_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CPU, m) {
+  ISONET_FAST_IMPLEMENT(m);
+  m.impl("orthogonality_small_", TORCH_BOX(&orthogonality_small_));
+}
 #ifdef ISONET_FAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CUDA, m) { ISONET_FAST_IMPLEMENT(m); }
 #endif

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define ISONET_FAST_INLINE [[gnu::always_inline]] inline
+#include "run_cpu.h"
 
 namespace isonet_fast::cpu {
 

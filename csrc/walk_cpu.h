@@ -5,8 +5,8 @@
 // in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these are
 // added in order, in double, at the end: the same bits for any number of threads.
 //
-// Every loop body is written once and compiled twice: for the baseline of the platform and for AVX2, chosen at
-// run time, so a wheel needs no -march. (AVX-512 gains nothing here: memory is the limit.)
+// Every loop body is compiled for the baseline and for AVX2 (run_cpu.h). AVX-512 gains nothing here: memory is the
+// limit.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,29 +15,10 @@
 #include <vector>
 
 #include "element_cpu.h"
+#include "run_cpu.h"
 #include "tensor.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define ISONET_FAST_AVX2
-#endif
-
 namespace isonet_fast::cpu {
-
-#ifdef ISONET_FAST_AVX2
-template <class Body, class... Arguments>
-[[gnu::target("avx2,fma")]] void run_avx2(const Body& body, Arguments&&... arguments) {
-  body(arguments...);  // always_inline: compiled for this function's target
-}
-#endif
-
-template <class Body, class... Arguments>
-void run(const Body& body, Arguments&&... arguments) {
-#ifdef ISONET_FAST_AVX2
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) return run_avx2(body, arguments...);
-#endif
-  body(arguments...);
-}
 
 template <typename T>
 struct Streams {

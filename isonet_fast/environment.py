@@ -54,7 +54,8 @@ def _streaming(device: torch.device) -> str:
 
 def _matrix(device: torch.device) -> str:
     if device.type != "cuda":
-        return "closed form, one GEMM per offset"
+        small = "C++ kernel (csrc) for small float32 layers, otherwise " if _library.compiled_for(device.type) else ""
+        return f"{small}closed form, one GEMM per offset"
     why = kernels.unavailable(device)
     return f"closed form, one GEMM per offset: {why}" if why else "Triton kernels"
 

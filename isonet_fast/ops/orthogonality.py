@@ -1,8 +1,8 @@
 """The orthogonality penalty of a list of weights as one op: schema, fake, autograd, dispatch.
 
-`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and
-for float64, the closed form does. Whatever the forward keeps for the backward belongs to that call: two forwards
-before a backward are right.
+`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and for
+float64, the closed form does, but for small layers on the CPU (`small_layers`). Whatever the forward keeps for the
+backward belongs to that call: two forwards before a backward are right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..geometry import Layer, shard
-from . import closed_form
+from . import closed_form, small_layers
 from ._library import implement, library, ops
 
 library.define(
@@ -46,6 +46,7 @@ class Problem:
         self.layers, self.coefficients, self.precision, self.part = layers, coefficients, precision, part
         self._offsets: tuple | None = None
         self._parts: list[tuple[list[int], Problem]] | None = None
+        self._small: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self.arguments = (  # in the order of the schema, `stride` to `shard`
             [s for layer in layers for s in layer.stride],
             [e for layer in layers for e in layer.dilation],
@@ -62,6 +63,13 @@ class Problem:
         if self._offsets is None:
             self._offsets = shard(self.layers, *self.part)
         return self._offsets
+
+    def small(self, members: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The plan of these layers (`small_layers.plan`)."""
+        key = tuple(members)
+        if key not in self._small:
+            self._small[key] = small_layers.plan([self.layers[n] for n in key], [self.offsets[n] for n in key])
+        return self._small[key]
 
     @property
     def parts(self) -> list[tuple[list[int], Problem]]:
@@ -131,15 +139,35 @@ def _orthogonality_loss(weights: list[Tensor], *arguments_and_save: Any) -> tupl
     if serves(weights):
         return _triton().forward(weights, *_triton_arguments(problem), save)
     saved = _saved_like(weights) if save else []
-
-    def keep(n: int, grad: Tensor) -> None:
-        torch.mul(grad, problem.coefficients[n], out=saved[n])
-
     for buffer, offsets in zip(saved, problem.offsets, strict=False):
         if not offsets:  # another rank's layer
             buffer.zero_()
-    losses = closed_form.evaluate(weights, problem.layers, problem.offsets, keep if save else None)
+    losses = _evaluate(weights, problem, saved, 1.0, add=False)
     return _total(losses, problem.coefficients), losses, saved
+
+
+def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tensor], scale: float, add: bool) -> Tensor:
+    """Each layer's penalty, (L,). Its gradient times scale * coefficient is written or added into `grads`, if any."""
+    factors = [scale * c for c in problem.coefficients]
+    small = small_layers.members(weights, problem.layers)
+
+    def sink(n: int, grad: Tensor) -> None:
+        if add:
+            grads[n].add_(grad, alpha=factors[n])
+        else:
+            torch.mul(grad, factors[n], out=grads[n])
+
+    offsets = list(problem.offsets)
+    for n in small:
+        offsets[n] = ()
+    losses = closed_form.evaluate(weights, problem.layers, offsets, sink if grads else None)
+    if small:
+        plan, constants = problem.small(small)
+        squares = ops.orthogonality_small_(
+            [weights[n] for n in small], [grads[n] for n in small if grads], plan, [factors[n] for n in small], add
+        )
+        losses[small] = (squares - constants).to(losses.dtype)
+    return losses
 
 
 def _triton_arguments(problem: Problem) -> tuple:
@@ -240,9 +268,5 @@ def _accumulate_grad_(
 ) -> tuple[Tensor, Tensor]:
     if serves(weights):
         return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
-
-    def add(n: int, grad: Tensor) -> None:
-        grads[n].add_(grad, alpha=scale * problem.coefficients[n])
-
-    losses = closed_form.evaluate(weights, problem.layers, problem.offsets, add)
+    losses = _evaluate(weights, problem, grads, scale, add=True)
     return _total(losses, problem.coefficients), losses
