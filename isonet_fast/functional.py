@@ -206,5 +206,6 @@ def _check_writable(name: str, x: Tensor) -> None:
     root = x if x._base is None else x._base
     if torch.is_grad_enabled() and root.requires_grad and root.is_leaf:
         raise ValueError(f"inplace=True on {name}, a leaf that requires grad (or a view of one); pass inplace=False")
-    if x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    strides = x.stride()
+    if 0 in strides and x.numel() and any(s == 0 and n > 1 for s, n in zip(strides, x.shape, strict=True)):
         raise ValueError(f"inplace=True on {name}, whose elements share memory (an expanded tensor); clone it first")
