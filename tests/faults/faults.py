@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from isonet_fast.train import checkpoint
 
 from ..train.conftest import photographs_in
-from .lab import EVERY, Children, Lab, Outcome, expect, expect_error, new, no_litter, resume
+from .lab import EVERY, STEPS, Children, Lab, Outcome, compare, expect, expect_error, new, no_litter, resume
 
 
 class Impossible(Exception):
@@ -59,6 +60,34 @@ def killed(lab: Lab) -> Outcome:
         arguments = resume(run)
     said = lab.finish(run).line("resuming from")
     return Outcome(3, max(lost), said)
+
+
+def rank_killed(lab: Lab, ranks: int, kills: int) -> Outcome:
+    """Each time another process, at another moment; torchrun ends the others and starts them all again."""
+    settings = [f"data.batch_size={128 // ranks}"]
+    whole, run = lab.whole(*settings, ranks=ranks), lab.directory()
+    faults = [
+        {"name": "kill", "step": lab.rng.randint(2, 9), "delay": lab.moment(), "rank": lab.rng.randrange(ranks)}
+        for _ in range(kills)
+    ]
+    done = lab.torchrun(ranks, new(run, *settings), faults)
+    expect(done.code == 0 and done.last == STEPS, f"torchrun ended with {done.code}: {done.output}")
+    repeated = [last - first + 1 for last, first in pairwise(done.begun) if first <= last]
+    expect(len(done.begun) == STEPS + sum(repeated), f"steps {done.begun}")
+    expect(done.output.count("resuming from") == kills, f"resumed {done.output.count('resuming from')} times")
+    expect(max(repeated, default=0) <= EVERY, f"{max(repeated)} steps lost: {done.begun}")
+    compare(run, whole)
+    return Outcome(kills, max(repeated, default=0), done.line("resuming from"))
+
+
+@fault("`kill -9` of one of 2 processes under torchrun, which starts them again", REPEATED, 1, 2)
+def one_of_two_killed(lab: Lab) -> Outcome:
+    return rank_killed(lab, 2, 2)
+
+
+@fault("`kill -9` of one of 3 processes under torchrun, which starts them again", REPEATED, 0, 1)
+def one_of_three_killed(lab: Lab) -> Outcome:
+    return rank_killed(lab, 3, 2)
 
 
 @fault("`kill -9` just before or after a checkpoint's temporary file is renamed", REPEATED, 3, 15)

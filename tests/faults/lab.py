@@ -28,6 +28,9 @@ ENVIRONMENT = {  # as many threads each time: the same order of additions
 }  # fmt: skip
 
 
+Plan = dict[str, Any]  # of a fault: its name in `child`, the step that it starts with, and what it takes
+
+
 class Broken(AssertionError):
     """A fault did more damage than is promised, or was not reported as promised."""
 
@@ -47,7 +50,11 @@ class Done:
 
     code: int  # minus the signal's number if it was killed
     output: str
-    last: int  # the last step that it began
+    begun: list[int]  # the steps that it began, in this order
+
+    @property
+    def last(self) -> int:
+        return self.begun[-1] if self.begun else 0
 
     def said(self) -> str:
         """Its error message, or else its last line."""
@@ -72,7 +79,7 @@ class Children:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
         )
 
-    def run(self, arguments: Sequence[str], fault: dict[str, Any] | None = None) -> Done:
+    def run(self, arguments: Sequence[str], fault: Plan | None = None) -> Done:
         self.count += 1
         trace, output = (self.scratch / f"{kind}-{self.count}" for kind in ("trace", "output"))
         plan = {"arguments": list(arguments), "trace": str(trace), "output": str(output), "faults": [fault]}
@@ -82,7 +89,7 @@ class Children:
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process that forks the children ended with {self.process.wait()}")
-        return Done(int(answer), output.read_text(), last_step(trace))
+        return Done(int(answer), output.read_text(), steps(trace))
 
     def close(self) -> None:
         self.process.stdin.close()  # type: ignore[union-attr]
@@ -98,7 +105,7 @@ class Lab:
     seed: int
     rng: random.Random = field(init=False)
     count: int = 0
-    wholes: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    wholes: dict[tuple[str | int, ...], Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -118,13 +125,15 @@ class Lab:
         self.count += 1
         return self.scratch / f"{name}-{self.count}"
 
-    def whole(self, *settings: str) -> Path:
+    def whole(self, *settings: str, ranks: int = 1) -> Path:
         """The run that nothing happens to."""
-        if settings not in self.wholes:
-            run = self.wholes[settings] = self.directory("whole")
-            done = self.children.run(new(run, *settings))
-            expect(done.code == 0 and done.last == STEPS, f"the run without a fault: {done}")
-        return self.wholes[settings]
+        key = (*settings, ranks)
+        if key not in self.wholes:
+            run = self.wholes[key] = self.directory("whole")
+            arguments = new(run, *settings)
+            done = self.children.run(arguments) if ranks == 1 else self.torchrun(ranks, arguments)
+            expect(done.code == 0 and done.begun == list(range(1, STEPS + 1)), f"the run without a fault: {done}")
+        return self.wholes[key]
 
     @cached_property
     def size(self) -> int:
@@ -134,6 +143,16 @@ class Lab:
     def child(self, arguments: Sequence[str], name: str, most: int = 15, **fault: Any) -> Done:
         """A run with the fault at a random step, 2 to `most`, counted from its start."""
         return self.children.run(arguments, {"name": name, "step": self.rng.randint(2, most), **fault})
+
+    def torchrun(self, ranks: int, arguments: Sequence[str], faults: Sequence[Plan] = ()) -> Done:
+        """Processes with a fault for each start of theirs; torchrun starts them again as often as there are faults."""
+        trace, output = self.directory("trace"), self.directory("output")
+        plan = {"arguments": list(arguments), "trace": str(trace), "faults": list(faults)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [f"--max-restarts={len(faults)}", "-m", "tests.faults.child", json.dumps(plan)]
+        with open(output, "w") as file:
+            ended = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, env=ENVIRONMENT, timeout=300)
+        return Done(ended.returncode, output.read_text(), steps(trace))
 
     def moment(self) -> float:
         """Seconds: from the beginning of a step to somewhere in the next few."""
@@ -181,8 +200,8 @@ def resume(run: Path) -> list[str]:
     return ["train", "--resume", str(run)]
 
 
-def last_step(trace: Path) -> int:
-    return int(trace.read_text().split()[-1]) if trace.exists() else 0
+def steps(trace: Path) -> list[int]:
+    return [int(line) for line in trace.read_text().split()] if trace.exists() else []
 
 
 def expect(condition: bool, message: str) -> None:
