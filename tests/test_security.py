@@ -154,7 +154,7 @@ def test_a_value_names_things_and_runs_nothing(
         sections: dict[str, Any] = {"data": {"source": "digits"}, "model": {}, "": {}}
         section, _, name = key.rpartition(".")
         sections[section][name] = value.strip("'")
-        position = {"epoch": 1, "batch": 0, "step": 0, "best": -1.0}
+        position = {"epoch": 1, "examples": 0, "step": 0, "best": -1.0}
         ours({"config": {**sections.pop(""), **sections}, "position": position}, run / "latest.pt")
         words = ["train", "--resume", str(run)]
     watched.clear()
