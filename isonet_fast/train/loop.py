@@ -95,10 +95,18 @@ class Run:
         self._signal = 0  # what this process was sent
         self._stop = 0  # what all processes stop for
         self._saved_step = 0
+        if self.wrapped is not self.model:
+            self._settle()
         if state is None:
             self._seed()
         else:
             self._restore(state)
+
+    def _settle(self) -> None:
+        """One backward pass that counts nothing. After its first one DDP puts the gradients in another order, and with
+        it the additions among three processes and more: a resumed run would have its own first one, and other bits."""
+        self.wrapped(self._black()).sum().backward()
+        self.optimizer.zero_grad(set_to_none=False)
 
     def _seed(self) -> None:
         """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""

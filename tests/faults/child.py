@@ -33,14 +33,14 @@ RANK, RESTART = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC
 
 
 def kill(run: Run, delay: float, rank: int = 0) -> None:
-    """This process, `delay` seconds from now: while computing, validating, writing a checkpoint."""
+    """This process, `delay` steps from now: while computing, validating, writing a checkpoint."""
     if rank == RANK:
-        _later(delay, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        _later(run, delay, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def terminate(run: Run, delay: float) -> None:
     """What a cluster sends before it takes the machine away."""
-    _later(delay, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    _later(run, delay, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def kill_worker(run: Run, delay: float, which: float) -> None:
@@ -48,7 +48,7 @@ def kill_worker(run: Run, delay: float, which: float) -> None:
     workers = multiprocessing.active_children()
     worker = workers[int(which * len(workers))].pid
     assert worker is not None
-    _later(delay, lambda: os.kill(worker, signal.SIGKILL))
+    _later(run, delay, lambda: os.kill(worker, signal.SIGKILL))
 
 
 def limit_files(run: Run, size: int) -> None:
@@ -91,8 +91,10 @@ FAULTS: dict[str, Callable[..., None]] = {
 }
 
 
-def _later(delay: float, act: Callable[[], None]) -> None:
-    threading.Thread(target=lambda: (time.sleep(delay), act()), daemon=True).start()
+def _later(run: Any, delay: float, act: Callable[[], None]) -> None:
+    """`delay` times the last step's duration from now."""
+    seconds = delay * run.pace
+    threading.Thread(target=lambda: (time.sleep(seconds), act()), daemon=True).start()
 
 
 def _die(where: str) -> None:
@@ -106,10 +108,12 @@ def carry_out(plan: dict[str, Any]) -> int:
     name, at = fault.pop("name"), fault.pop("step")
 
     class Faulty(Run):
-        begun = 0
+        begun, before, pace = 0, 0.0, 0.0  # pace: seconds from the last step's beginning to this one's
 
         def _train_step(self, batch: Any) -> None:
             self.begun += 1
+            now = time.monotonic()
+            self.pace, self.before = now - self.before, now
             if RANK == 0:
                 with open(plan["trace"], "a") as file:
                     file.write(f"{self.step + 1}\n")

@@ -54,7 +54,7 @@ def killed(lab: Lab) -> Outcome:
     run, lost, said = lab.directory(), [], ""
     arguments = new(run)
     for _ in range(3):
-        done = lab.child(arguments, "kill", most=7, delay=lab.moment())
+        done = lab.child(arguments, "kill", most=3, delay=lab.moment())
         expect(done.code == -signal.SIGKILL, f"{done}")
         lost.append(lab.lost(run, done))
         arguments = resume(run)
@@ -67,7 +67,7 @@ def rank_killed(lab: Lab, ranks: int, kills: int) -> Outcome:
     settings = ["data.source=synthetic:264", "data.image_size=16", f"data.batch_size={24 // ranks}"]  # quick to start
     whole, run = lab.whole(*settings, ranks=ranks), lab.directory()
     faults = [
-        {"name": "kill", "step": lab.rng.randint(2, 9), "delay": lab.moment(), "rank": lab.rng.randrange(ranks)}
+        {"name": "kill", "step": lab.rng.randint(2, 6), "delay": lab.moment(), "rank": lab.rng.randrange(ranks)}
         for _ in range(kills)
     ]
     done = lab.torchrun(ranks, new(run, *settings), faults)
@@ -113,7 +113,7 @@ def terminated(lab: Lab) -> Outcome:
 @fault("`kill -9` of a process that loads data", REPEATED, 1, 5)
 def worker_killed(lab: Lab) -> Outcome:
     run = lab.directory()
-    done = lab.child(new(run, "data.workers=2"), "kill_worker", delay=lab.moment() / 5, which=lab.rng.random())
+    done = lab.child(new(run, "data.workers=2"), "kill_worker", delay=lab.moment(), which=lab.rng.random())
     expect_error(done, "worker", f"--resume {run}")
     no_litter(run)
     lost = lab.lost(run, done)

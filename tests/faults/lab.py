@@ -155,8 +155,8 @@ class Lab:
         return Done(ended.returncode, output.read_text(), steps(trace))
 
     def moment(self) -> float:
-        """Seconds: from the beginning of a step to somewhere in the next few."""
-        return self.rng.uniform(0, 0.1)
+        """In steps: from the beginning of one to somewhere in the next few."""
+        return self.rng.uniform(0, 3)
 
     def lost(self, run: Path, done: Done, damaged: bool = False) -> int:
         """Steps that the run has to repeat; Broken if they are more than a checkpoint's distance, or nothing loads."""
