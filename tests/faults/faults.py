@@ -62,32 +62,57 @@ def killed(lab: Lab) -> Outcome:
     return Outcome(3, max(lost), said)
 
 
-def rank_killed(lab: Lab, ranks: int, kills: int) -> Outcome:
-    """Each time another process, at another moment; torchrun ends the others and starts them all again."""
-    settings = ["data.source=synthetic:264", "data.image_size=16", f"data.batch_size={24 // ranks}"]  # quick to start
+def several(ranks: int, *settings: str) -> list[str]:
+    """The same work for so many processes, quick to start."""
+    return ["data.source=synthetic:264", "data.image_size=16", f"data.batch_size={24 // ranks}", *settings]
+
+
+def rank_killed(lab: Lab, ranks: int, *settings: str) -> Outcome:
+    """Twice, each time another process at another moment; torchrun ends the others and starts them all again."""
+    settings = (*several(ranks), *settings)
     whole, run = lab.whole(*settings, ranks=ranks), lab.directory()
     faults = [
         {"name": "kill", "step": lab.rng.randint(2, 6), "delay": lab.moment(), "rank": lab.rng.randrange(ranks)}
-        for _ in range(kills)
+        for _ in range(2)
     ]
     done = lab.torchrun(ranks, new(run, *settings), faults)
     expect(done.code == 0 and done.last == STEPS, f"torchrun ended with {done.code}: {done.output}")
     repeated = [last - first + 1 for last, first in pairwise(done.begun) if first <= last]
     expect(len(done.begun) == STEPS + sum(repeated), f"steps {done.begun}")
-    expect(done.output.count("resuming from") == kills, f"resumed {done.output.count('resuming from')} times")
-    expect(max(repeated, default=0) <= EVERY, f"{max(repeated)} steps lost: {done.begun}")
+    expect(done.output.count("resuming from") == 2, f"resumed {done.output.count('resuming from')} times")
+    expect(max(repeated, default=0) <= EVERY, f"{max(repeated, default=0)} steps lost: {done.begun}")
     compare(run, whole)
-    return Outcome(kills, max(repeated, default=0), done.line("resuming from"))
+    return Outcome(2, max(repeated, default=0), done.line("resuming from"))
 
 
-@fault("`kill -9` of one of 2 processes under torchrun, which starts them again", REPEATED, 1, 1)
+@fault("`kill -9` of one of 2 processes; torchrun starts them again", REPEATED, 1, 1)
 def one_of_two_killed(lab: Lab) -> Outcome:
-    return rank_killed(lab, 2, 2)
+    return rank_killed(lab, 2)
 
 
-@fault("`kill -9` of one of 3 processes under torchrun, which starts them again", REPEATED, 0, 1)
+@fault("`kill -9` of one of 3 processes; torchrun starts them again", REPEATED, 0, 1)
 def one_of_three_killed(lab: Lab) -> Outcome:
-    return rank_killed(lab, 3, 2)
+    return rank_killed(lab, 3)
+
+
+@fault("`kill -9` of one of 2 processes with sharded weights (FSDP2)", REPEATED, 0, 1)
+def one_of_two_sharded_killed(lab: Lab) -> Outcome:
+    return rank_killed(lab, 2, "fsdp=true")
+
+
+@fault("SIGTERM to torchrun of 2 processes", "nothing; resumed, the same bits", 0, 1)
+def torchrun_terminated(lab: Lab) -> Outcome:
+    settings = several(2)
+    whole, run = lab.whole(*settings, ranks=2), lab.directory()
+    stopped = lab.torchrun(2, new(run, *settings), terminate=lab.rng.randint(2, 15))
+    expect(stopped.code != 0, f"{stopped}")
+    said = stopped.line("stopped by SIGTERM")
+    lost = lab.lost(run, stopped)
+    expect(lost == 0, f"{lost} steps lost")
+    done = lab.torchrun(2, resume(run))
+    expect(done.code == 0 and done.begun[0] == stopped.last + 1, f"{done}")
+    compare(run, whole)
+    return Outcome(1, lost, said)
 
 
 @fault("`kill -9` just before or after a checkpoint's temporary file is renamed", REPEATED, 3, 15)

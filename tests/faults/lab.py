@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,15 +145,23 @@ class Lab:
         """A run with the fault at a random step, 2 to `most`, counted from its start."""
         return self.children.run(arguments, {"name": name, "step": self.rng.randint(2, most), **fault})
 
-    def torchrun(self, ranks: int, arguments: Sequence[str], faults: Sequence[Plan] = ()) -> Done:
-        """Processes with a fault for each start of theirs; torchrun starts them again as often as there are faults."""
+    def torchrun(
+        self, ranks: int, arguments: Sequence[str], faults: Sequence[Plan] = (), terminate: int | None = None
+    ) -> Done:
+        """Processes with a fault for each start of theirs; torchrun starts them again as often as there are faults.
+        terminate: the step in which torchrun itself is sent SIGTERM."""
         trace, output = self.directory("trace"), self.directory("output")
         plan = {"arguments": list(arguments), "trace": str(trace), "faults": list(faults)}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={len(faults)}", "-m", "tests.faults.child", json.dumps(plan)]
         with open(output, "w") as file:
-            ended = subprocess.run(command, stdout=file, stderr=file, cwd=ROOT, env=ENVIRONMENT, timeout=300)
-        return Done(ended.returncode, output.read_text(), steps(trace))
+            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=ROOT, env=ENVIRONMENT)
+            while terminate is not None and process.poll() is None and len(steps(trace)) < terminate:
+                time.sleep(0.01)
+            if terminate is not None:
+                process.terminate()
+            code = process.wait(300)
+        return Done(code, output.read_text(), steps(trace))
 
     def moment(self) -> float:
         """In steps: from the beginning of one to somewhere in the next few."""
@@ -178,8 +187,8 @@ class Lab:
 def compare(run: Path, whole: Path) -> None:
     """The same bits in latest.pt, best.pt and the metrics, and nothing left lying about."""
     try:
-        for name in ("latest.pt", "best.pt"):
-            same(*(checkpoint.load(directory / name) for directory in (whole, run)), path=name)
+        for name in ("latest", "best"):
+            same(*(checkpoint.load(checkpoint.find(directory, name)[0]) for directory in (whole, run)), path=name)
         expect(rows(whole) == rows(run), "metrics.csv differs")
     except AssertionError as error:
         raise Broken(f"not the bits of the run that was left alone: {error}") from error
