@@ -6,7 +6,11 @@ Python itself reports what is done (an audit hook): a program started, a connect
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from isonet_fast.train import checkpoint
 from isonet_fast.train.cli import main
+from isonet_fast.train.import_torchvision import import_torchvision
 
 FORBIDDEN = {
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn",
@@ -34,6 +40,7 @@ def _hook(event: str, arguments: Any) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _hooked() -> None:
+    import_torchvision()  # the import itself makes a directory of PyTorch's
     sys.addaudithook(_hook)  # cannot be taken away again: asleep outside of `watched`
 
 
@@ -132,12 +139,15 @@ def test_a_configuration_that_would_run_code(
         ("precision=load", "precision must be one of float32"),
         ("device='cpu; touch {owned}'", "device must be auto"),
         ("data.source=https://example.org/images.tar", "unknown data set 'https://example.org/images.tar'"),
-        ("data.source=imagefolder:https://example.org/images", "is no directory; an imagefolder holds train/CLASS/"),
+        (
+            "data.source=imagefolder:https://example.org/images",
+            "No such file or directory: 'https:/example.org/images/val'",
+        ),
         ("data.source=cifar10:https://example.org/cifar.tar.gz", "nothing is downloaded for you"),
-        ("data.source=imagefolder:$(mkdir {owned})", "$(mkdir {owned})/val is no directory"),
-        ("data.source='imagefolder:x; mkdir {owned}'", "x; mkdir {owned}/val is no directory"),
-        ("data.source=cifar10:`mkdir {owned}`", "no cifar10 in `mkdir {owned}`"),
-        ("data.source='imagefolder:| mkdir {owned}'", "| mkdir {owned}/val is no directory"),
+        ("data.source=imagefolder:$(mkdir {owned})", "No such file or directory: '$(mkdir {owned})/val'"),
+        ("data.source='imagefolder:x; mkdir {owned}'", "No such file or directory: 'x; mkdir {owned}/val'"),
+        ("data.source=cifar10:`mkdir {owned}`", "/`mkdir {owned}`"),
+        ("data.source='imagefolder:| mkdir {owned}'", "No such file or directory: '| mkdir {owned}/val'"),
     ],
 )
 @pytest.mark.parametrize("place", ["configuration", "checkpoint"])
@@ -190,3 +200,23 @@ def test_archives_of_data_are_not_unpacked(tmp_path: Path, watched: list, capsys
         assert main(words) == 1
     assert "nothing is downloaded for you" in capsys.readouterr().err
     assert not watched and os.listdir(tmp_path) == ["cifar-10-python.zip"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("place", ["../outside.distcp", "/etc/passwd", "inside/../../outside.distcp"])
+def test_a_sharded_checkpoint_names_no_file_outside_of_it(
+    place: str, tmp_path: Path, watched: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run" / "latest.dcp"
+    torch.distributed.checkpoint.save({"model.a": torch.ones(3)}, checkpoint_id=path, no_dist=True)
+    torch.save({"format": checkpoint.FORMAT, "model": {}, "optimizer": {"state": {}}}, path / "run.pt")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for entry, stored in metadata.storage_data.items():
+        metadata.storage_data[entry] = dataclasses.replace(stored, relative_path=place)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in path.iterdir()}
+    (path / "manifest.json").write_text(json.dumps(digests))
+    watched.clear()
+    assert main(["train", "--resume", str(path.parent)]) == 1
+    assert f"is refused: it says that tensors are in {place!r}, outside of it" in capsys.readouterr().err
+    assert not watched

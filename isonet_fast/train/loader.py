@@ -141,13 +141,17 @@ class Loader:
 
 @contextmanager
 def naming_dead_workers() -> Iterator[None]:
-    """WorkerDied for a worker's death. A signal reports it: the error comes up wherever this process is just then."""
+    """WorkerDied for a worker's death. Mostly a signal reports it, so the error comes up wherever this process is just
+    then; while the worker hands over a batch, its connection breaks."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or isinstance(error, WorkerDied):
+    except WorkerDied:
+        raise
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
-        raise WorkerDied(f"{str(error).strip(' .')}. Out of memory? Try fewer data.workers") from error
+        reason = str(error).strip(" .") if isinstance(error, RuntimeError) else f"A DataLoader worker is gone ({error})"
+        raise WorkerDied(f"{reason}. Out of memory? Try fewer data.workers") from error
 
 
 def _collate(items: list[Item]) -> Batch:

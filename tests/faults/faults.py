@@ -139,7 +139,7 @@ def terminated(lab: Lab) -> Outcome:
 def worker_killed(lab: Lab) -> Outcome:
     run = lab.directory()
     done = lab.child(new(run, "data.workers=2"), "kill_worker", delay=lab.moment(), which=lab.rng.random())
-    expect_error(done, "worker", f"--resume {run}")
+    expect_error(done, "DataLoader worker", f"--resume {run}")
     no_litter(run)
     lost = lab.lost(run, done)
     lab.finish(run, "data.workers=2")
