@@ -57,16 +57,16 @@ def limit_files(run: Run, size: int) -> None:
 
 
 def spoil_gradient(run: Run, value: str, which: float) -> None:
-    """One number of one parameter's gradient in this step alone."""
-    parameters = list(run.model.parameters())
+    """One number of one parameter's gradient, after the backward pass of this step alone."""
 
-    def spoil(grad: Any) -> Any:
-        handle.remove()
-        grad = grad.clone()
-        grad.view(-1)[int(which * grad.numel())] = float(value)
-        return grad
+    def spoil(*_: Any) -> None:
+        hook.remove()
+        grads = [parameter.grad for parameter in run.model.parameters()]
+        grad: Any = grads[int(which * len(grads))]
+        own = grad.to_local() if hasattr(grad, "to_local") else grad
+        own.view(-1)[int(which * own.numel())] = float(value)
 
-    handle = parameters[int(which * len(parameters))].register_hook(spoil)
+    hook = run.optimizer.register_step_pre_hook(spoil)
 
 
 def kill_at_rename(run: Run, nth: int, after: bool) -> None:

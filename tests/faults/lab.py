@@ -66,7 +66,7 @@ class Done:
         """The first line printed that has these words."""
         found = next((line for line in self.output.splitlines() if words in line), None)
         expect(found is not None, f"nothing says {words!r}: {self.output}")
-        return found or ""
+        return (found or "").rpartition("step/s]")[2]  # a progress bar may stand before it
 
 
 class Children:
