@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test check kernels bench wheel test-gpu bench-gpu install-gpu clean
+.PHONY: help demo test faults check kernels bench wheel test-gpu bench-gpu install-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
@@ -20,6 +20,9 @@ demo: $(READY)  ## train a 32-layer network without normalisation on real digits
 
 test: $(READY)  ## the whole suite, on the CPU
 	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
+
+faults: $(READY)  ## kill runs, fill disks, damage files: what a fault costs (under five minutes; docs/reliability.md)
+	$(BIN)/python -m tests.faults
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -35,17 +35,20 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """torch.load on the CPU with weights_only=True; a ValueError that says why the file is refused."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        detail = next((line.strip() for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[-1])
-        raise ValueError(
-            f"{os.fspath(path)} is refused, nothing in it was run: it holds more than tensors and plain values, "
-            f"or is damaged ({detail})"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged or no PyTorch checkpoint ({error})") from error
+    with open(path, "rb") as file:  # a file that is absent or not ours to read is no damaged one
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().splitlines()
+            detail = next((line.strip() for line in reason if "Unsupported" in line or "GLOBAL" in line), reason[-1])
+            raise ValueError(
+                f"{os.fspath(path)} is refused, nothing in it was run: it holds more than tensors and plain values, "
+                f"or is damaged ({detail})"
+            ) from error
+        except Exception as error:  # a pickle is a program: with a flipped bit it can fail in any way
+            raise ValueError(
+                f"{os.fspath(path)} is damaged or no PyTorch checkpoint ({type(error).__name__}: {error})"
+            ) from error
 
 
 def official_state(contents: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:

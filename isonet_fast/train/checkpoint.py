@@ -29,13 +29,12 @@ _KINDS = (".pt", ".dcp")
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` (tensors and plain values) so that `path` is always the old file or the new one, whole."""
     with replacing(path) as temporary:
-        torch.save({"format": FORMAT, **state}, temporary)
-        _seal(temporary)
+        _write(state, temporary, path)
         _make_room(path)  # only now: a full disk or a kill while writing has cost nothing
 
 
 def save_latest(state: dict[str, Any], directory: Path) -> None:
-    """latest.pt, after the present one has become previous.pt."""
+    """latest.pt, after the present one has become previous.pt, unless it is damaged: that one is written over."""
     save(state, directory / "latest.pt")
 
 
@@ -50,9 +49,9 @@ def find(directory: Path, *names: str) -> list[Path]:
 
 
 def _make_room(path: Path) -> None:
-    """Of each name there is one checkpoint, whatever its kind; the latest one becomes the previous one."""
+    """Of each name there is one checkpoint, whatever its kind; the latest one, if it is whole, becomes the previous."""
     for old in find(path.parent, path.stem):
-        if path.stem == "latest":
+        if path.stem == "latest" and _whole(old):
             previous = old.with_stem("previous")
             for older in find(path.parent, "previous"):
                 if older != previous or older.is_dir():  # a file is replaced in one go
@@ -104,9 +103,34 @@ def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[di
             return load(path), path
         except Damaged as error:
             if path == paths[-1]:
-                raise
+                raise Damaged(
+                    f"{error}; neither latest.pt nor previous.pt in {directory} can be resumed from "
+                    "(best.pt or an epoch-N.pt can, copied to latest.pt)"
+                ) from error
             say(f"{error}; falling back to {paths[-1]}")
     raise AssertionError("unreachable")
+
+
+def _whole(path: Path) -> bool:
+    try:
+        (dcp.check if path.is_dir() else check)(path)
+    except Damaged:
+        return False
+    return True
+
+
+def _write(state: dict[str, Any], temporary: Path, path: Path) -> None:
+    """The bytes of a checkpoint, on the disk; an OSError names the `path` that they are for."""
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+        _seal(temporary)
+    except (OSError, RuntimeError) as error:
+        # torch.save says "unexpected pos 3392 vs 3350" for a full disk; the reason is the exception behind it
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def _comment(digest: Any) -> bytes:
@@ -128,3 +152,5 @@ def _seal(path: Path) -> None:
             digest.update(block)
         file.seek(0, os.SEEK_END)
         file.write(_comment(digest))
+        file.flush()
+        os.fsync(file.fileno())

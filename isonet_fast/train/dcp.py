@@ -81,7 +81,11 @@ def load(path: Path) -> dict[str, Any]:
     check(path)
     state = read_checkpoint(path / "run.pt")
     reader = _reader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    metadata = reader.read_metadata()
+    for place in metadata.storage_data.values():
+        if os.path.basename(place.relative_path) != place.relative_path:
+            raise ValueError(f"{path} is refused: it says that tensors are in {place.relative_path!r}, outside of it")
+    stored = metadata.state_dict_metadata
     tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in stored.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that one process reads alone, which is meant

@@ -6,6 +6,7 @@ One process alone has no process group: every exchange gives back what it was gi
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -141,10 +142,24 @@ def processes() -> Iterator[Processes]:
     if size == 1:
         yield ALONE
         return
-    # tensors go through the backend of their device; what is exchanged as an object stays on the CPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    _join(size)
     yield Processes(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    gc.collect()  # DDP holds the group and is part of a cycle; a group whose threads outlive Python ends in an abort
     dist.destroy_process_group()
+
+
+def _join(size: int) -> None:
+    # tensors go through the backend of their device; what is exchanged as an object stays on the CPU
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    restart, shared = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "USE_AGENT_STORE"))
+    if restart in (None, "0") or shared != "True":
+        dist.init_process_group(backend)
+        return
+    # torchrun's store, where the processes find each other, outlives them: without a prefix those of a restart would
+    # call at the addresses of the dead (pytorch issue 135712)
+    store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"restart {restart}", store)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size)
 
 
 def launch_name() -> str | None:

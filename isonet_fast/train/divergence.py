@@ -1,7 +1,8 @@
-"""What to say when the loss is no longer a number."""
+"""What to say when the loss, or a weight, is no longer a number."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,15 +10,27 @@ from torch import Tensor, nn
 
 
 class Diverged(RuntimeError):
-    """The loss became infinite or NaN; the message names the step, the layer and the remedy."""
+    """The loss, or a weight, became infinite or NaN; the message names the step, the layer and the remedy."""
 
-    def __init__(self, step: int, layer: str | None, more: str = "", rank: int | None = None) -> None:
+    def __init__(
+        self, step: int, layer: str | None, more: str = "", rank: int | None = None, weight: str | None = None
+    ) -> None:
         where = (
             f"layer {layer!r} produced the first one" if layer else "every layer's output is finite, the loss is not"
         )
         who = "" if rank is None else f" on rank {rank}"
-        super().__init__(f"non-finite loss at step {step}{who}: {where}. Halve the learning rate.{more}")
+        what = f"non-finite loss at step {step}{who}: {where}"
+        if weight is not None:
+            what = f"non-finite weight after step {step}: the first one is in {weight!r}"
+        super().__init__(f"{what}. Halve the learning rate.{more}")
         self.step, self.layer = step, layer
+
+
+def first_nonfinite_weight(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor of which this process holds an infinity or a NaN; one synchronisation for them all."""
+    own = [value.to_local() if hasattr(value, "to_local") else value for value in weights.values()]
+    finite = torch.stack([value.isfinite().all() for value in own]).tolist()
+    return next((name for name, good in zip(weights, finite, strict=True) if not good), None)
 
 
 @torch.no_grad()

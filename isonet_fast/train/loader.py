@@ -12,6 +12,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -134,12 +135,23 @@ class Loader:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """start: how many examples of the epoch are done, by all processes together."""
         self.order.epoch, self.order.start = epoch, start
-        try:
+        with naming_dead_workers():
             yield from self.loader
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise WorkerDied(f"{error}. Out of memory? Try fewer data.workers") from error
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """WorkerDied for a worker's death. Mostly a signal reports it, so the error comes up wherever this process is just
+    then; while the worker hands over a batch, its connection breaks."""
+    try:
+        yield
+    except WorkerDied:
+        raise
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = str(error).strip(" .") if isinstance(error, RuntimeError) else f"A DataLoader worker is gone ({error})"
+        raise WorkerDied(f"{reason}. Out of memory? Try fewer data.workers") from error
 
 
 def _collate(items: list[Item]) -> Batch:

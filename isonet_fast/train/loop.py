@@ -30,9 +30,9 @@ from .build import autocast, build_model
 from .config import Config
 from .datasets import Corrupt, open_source
 from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
-from .divergence import Diverged, first_nonfinite
+from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .files import sweep
-from .loader import Batch, Loader, WorkerDied
+from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
 
 
@@ -95,10 +95,18 @@ class Run:
         self._signal = 0  # what this process was sent
         self._stop = 0  # what all processes stop for
         self._saved_step = 0
+        if self.wrapped is not self.model:
+            self._settle()
         if state is None:
             self._seed()
         else:
             self._restore(state)
+
+    def _settle(self) -> None:
+        """One backward pass that counts nothing. After its first one DDP puts the gradients in another order, and with
+        it the additions among three processes and more: a resumed run would have its own first one, and other bits."""
+        self.wrapped(self._black()).sum().backward()
+        self.optimizer.zero_grad(set_to_none=False)
 
     def _seed(self) -> None:
         """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""
@@ -165,6 +173,7 @@ class Run:
 
     def save(self, name: str = "latest") -> None:
         state, path = self.state(), self._path(name)
+        self._check(state["model"])
         if self.sharded:
             checkpoint.save_sharded(state, path, self.processes)
         else:
@@ -178,7 +187,8 @@ class Run:
     # -- training ---------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
-        """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied."""
+        """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied, and
+        OSError for a full disk or data that are gone; each says how to go on."""
         row: dict[str, float] = {}
         if self.processes.main:
             self.log.start(self.epoch)
@@ -187,12 +197,13 @@ class Run:
             self.save()  # so that a divergence in the first epoch has a checkpoint to name
         with self._listening():
             try:
-                while self.epoch <= self.config.schedule.epochs:
-                    row = self._train_epoch()
-            except WorkerDied as error:
-                raise WorkerDied(
-                    f"{error}; the last checkpoint is {self._path('latest')} (step {self._saved_step}), "
-                    f"go on with: isonet-fast train --resume {self.directory}"
+                with naming_dead_workers():
+                    while self.epoch <= self.config.schedule.epochs:
+                        row = self._train_epoch()
+            except (OSError, WorkerDied) as error:
+                kind = WorkerDied if isinstance(error, WorkerDied) else OSError
+                raise kind(
+                    f"{error};{self._last_good()} Go on with: isonet-fast train --resume {self.directory}"
                 ) from error
             finally:
                 self.log.close()
@@ -341,10 +352,19 @@ class Run:
         raise Diverged(
             self.step,
             self.processes.gather(found)[rank],
-            f" The weights are still those of step {self.step - 1}; the last good checkpoint is "
-            f"{self._path('latest')} (step {self._saved_step}).",
+            f" The weights are still those of step {self.step - 1};{self._last_good()}",
             rank if self.processes.size > 1 else None,
         )
+
+    def _check(self, weights: dict[str, Tensor]) -> None:
+        """Weights that are not finite never reach a file: a gradient that is not, under a finite loss, is found here
+        or by the next loss."""
+        found = [name for name in self.processes.gather(first_nonfinite_weight(weights)) if name is not None]
+        if found:
+            raise Diverged(self.step, None, f" Nothing was saved;{self._last_good()}", weight=found[0])
+
+    def _last_good(self) -> str:
+        return f" the last good checkpoint is {self._path('latest')} (step {self._saved_step})."
 
     def _note(self, corrupt: list[Corrupt]) -> None:
         """Whichever process comes upon an image says so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,25 @@ def test_a_damaged_file(model: nn.Module, tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cut\.pt"):
         load_official(model, path)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch wonders about the bytes, too
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_flipped_bit_is_a_clear_error_or_a_number(model: nn.Module, tmp_path: Path, new_format: bool) -> None:
+    """Official files bear no checksum: a flipped bit among the weights passes, one anywhere else must not crash."""
+    path = saved(tmp_path / "flipped.pt", {"net": net()}, _use_new_zipfile_serialization=new_format)
+    content, rng = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[rng.choice((1, -1)) * rng.randrange(1, 9000)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_official(model, path)
+        except ValueError as error:
+            assert "flipped.pt" in str(error)
+            refused += 1
+    assert refused > 30
 
 
 def test_no_file(model: nn.Module, tmp_path: Path) -> None:

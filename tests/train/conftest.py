@@ -25,19 +25,24 @@ def small() -> Callable[..., Config]:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """train/ and val/ of two classes, real JPEG files of several sizes, one of them cut off in the middle."""
-    from PIL import Image
-
-    torch.manual_seed(0)
-    for part, count in (("train", 9), ("val", 3)):
-        for label, name in enumerate(("cat", "dog")):
-            directory = tmp_path / "images" / part / name
-            directory.mkdir(parents=True)
-            for n in range(count):
-                height, width = 30 + 7 * n, 60 - 4 * n
-                pixels = torch.randint(0, 200, (height, width, 3), dtype=torch.uint8) + 55 * label
-                Image.fromarray(pixels.numpy()).save(directory / f"{n}.jpg")
+    """Real photographs (see `photographs_in`), one of them cut off in the middle."""
+    photographs_in(tmp_path / "images")
     broken = tmp_path / "images" / "train" / "dog" / "4.jpg"
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) * 3 // 4])
     return tmp_path / "images"
+
+
+def photographs_in(root: Path) -> None:
+    """train/ and val/ of two classes, JPEG files of several sizes."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 9), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            directory = root / part / name
+            directory.mkdir(parents=True)
+            for n in range(count):
+                height, width = 30 + 7 * n, 60 - 4 * n
+                pixels = torch.randint(0, 200, (height, width, 3), dtype=torch.uint8, generator=generator)
+                Image.fromarray((pixels + 55 * label).numpy()).save(directory / f"{n}.jpg")
