@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import pathlib
 import pickle
 import sys
 import zipfile
@@ -21,7 +23,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
-from isonet_fast.train import checkpoint
+from isonet_fast.train import checkpoint, dcp
 from isonet_fast.train.cli import main
 from isonet_fast.train.import_torchvision import import_torchvision
 
@@ -203,6 +205,26 @@ def test_archives_of_data_are_not_unpacked(tmp_path: Path, watched: list, capsys
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+class Attribute:
+    """Pickled as getattr(owner, name)."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.reduced = getattr, (owner, name)
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+def test_an_index_may_ask_for_members_of_its_enum_alone() -> None:
+    """Python 3.11.0 to 3.11.3 pickles them by getattr, which would open every door."""
+    enum = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
+    load = lambda wanted: dcp._TensorsOnly(io.BytesIO(pickle.dumps(wanted))).load()
+    assert load(Attribute(enum, "TORCH_CHANNELS_LAST")) is enum.TORCH_CHANNELS_LAST
+    for owner, name in ((pathlib.PosixPath, "unlink"), (enum, "__init_subclass__"), (enum, "mro")):
+        with pytest.raises(ValueError, match=f"refused, nothing in it was run: it asks for '{name}'"):
+            load(Attribute(owner, name))
+
+
 @pytest.mark.parametrize("place", ["../outside.distcp", "/etc/passwd", "inside/../../outside.distcp"])
 def test_a_sharded_checkpoint_names_no_file_outside_of_it(
     place: str, tmp_path: Path, watched: list, capsys: pytest.CaptureFixture[str]

@@ -12,8 +12,8 @@ from typing import Any
 from .. import __version__, environment
 from . import config, demo, evaluate, launch
 from .divergence import Diverged
+from .interrupts import Interrupted
 from .loader import WorkerDied
-from .loop import Interrupted
 
 
 def parser() -> argparse.ArgumentParser:

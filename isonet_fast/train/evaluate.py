@@ -17,7 +17,7 @@ from .build import build_model, choose_device
 from .config import Config, Model
 from .datasets import open_source
 from .loader import Loader
-from .loop import validate
+from .validation import validate
 
 
 def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str | None = None) -> dict[str, float]:

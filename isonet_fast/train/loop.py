@@ -10,14 +10,10 @@ the verdict on each step, the sums at the end of an epoch, the state for a check
 
 from __future__ import annotations
 
-import contextlib
 import random
-import signal
 import time
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,19 +28,10 @@ from .datasets import Corrupt, open_source
 from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .files import sweep
+from .interrupts import Interrupted, Signals
 from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
-
-
-class Interrupted(Exception):
-    """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects."""
-
-    def __init__(self, number: int, step: int, directory: Path) -> None:
-        self.code = 128 + number
-        super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, everything saved; "
-            f"go on with: isonet-fast train --resume {directory}"
-        )
+from .validation import to_device, validate
 
 
 class Run:
@@ -92,7 +79,7 @@ class Run:
         self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0  # examples: of the epoch done, by all
         self.penalty = torch.tensor(float("nan"), device=self.device)  # of the last step, unweighted, our share of it
         self.corrupt: dict[str, str] = {}
-        self._signal = 0  # what this process was sent
+        self._signals = Signals(twice_ends=processes.size == 1)
         self._stop = 0  # what all processes stop for
         self._saved_step = 0
         if self.wrapped is not self.model:
@@ -195,7 +182,7 @@ class Run:
         self._announce()
         if not self.step:
             self.save()  # so that a divergence in the first epoch has a checkpoint to name
-        with self._listening():
+        with self._signals:
             try:
                 with naming_dead_workers():
                     while self.epoch <= self.config.schedule.epochs:
@@ -291,7 +278,7 @@ class Run:
         """Two numbers for all processes: size - rank of the first one whose loss is not finite, else 0; and the signal
         that one of them was sent, else 0."""
         bad = torch.stack(losses).isfinite().logical_not().any() * float(self.processes.size - self.processes.rank)
-        return self.processes.largest(torch.stack([bad, torch.full_like(bad, self._signal)]))
+        return self.processes.largest(torch.stack([bad, torch.full_like(bad, self._signals.received)]))
 
     def _after_step(self) -> None:
         every = self.config.checkpoint.every_steps
@@ -335,7 +322,7 @@ class Run:
         if keep and done % keep == 0:
             self.save(f"epoch-{done}")
         self.save()
-        self._stop = int(self.processes.largest(torch.tensor(float(self._signal), device=self.device)).get())
+        self._stop = int(self.processes.largest(torch.tensor(float(self._signals.received), device=self.device)).get())
         if self._stop and self.epoch <= self.config.schedule.epochs:
             raise Interrupted(self._stop, self.step, self.directory)
         return row
@@ -382,27 +369,6 @@ class Run:
             self.corrupt.update(others)
         return dict(sorted(self.corrupt.items()))
 
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step; a second one at once, except under torchrun, which repeats
-        the signal that it was sent itself, waits half a minute and kills."""
-        previous: dict[signal.Signals, Any] = {}
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            if self.processes.size == 1:
-                for listened, handler in previous.items():
-                    signal.signal(listened, handler)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not in the main thread: the owner of the process listens
-                previous[number] = signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for listened, handler in previous.items():
-                signal.signal(listened, handler)
-
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
         """Images, labels, and what their loss counts: a batch of which nothing could be read is one black image that
         counts nothing, for the other processes wait for this one's gradients."""
@@ -417,36 +383,6 @@ class Run:
     def _autocast(self) -> AbstractContextManager:
         """Sharded weights come in their precision already."""
         return nullcontext() if self.sharded else autocast(self.config.precision, self.device)
-
-
-def to_device(images: Tensor, labels: Tensor, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return images.to(device, non_blocking=True, memory_format=layout), labels.to(device, non_blocking=True)
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, loader: Loader, config: Config, device: torch.device, stand_in: Tensor | None = None
-) -> tuple[Sums, list[Corrupt]]:
-    """Loss and accuracies over this process's part of the loader, in eval mode, and the images that could not be read.
-
-    stand_in: where the weights are sharded, what a process without images of its own computes, for every forward pass
-    needs all processes.
-    """
-    model.eval()
-    sums = Sums(device)
-    corrupt: list[Corrupt] = []
-    for batch in loader.batches():
-        corrupt += batch.corrupt
-        if batch.images is None:
-            if stand_in is not None:
-                model(stand_in)
-            continue
-        x, y = to_device(batch.images, batch.labels, config, device)
-        with nullcontext() if stand_in is not None else autocast(config.precision, device):
-            logits = model(x)
-        sums.add(logits, y, F.cross_entropy(logits.float(), y))
-    return sums, corrupt
 
 
 def _ordinal(n: int) -> str:

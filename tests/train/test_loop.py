@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from isonet_fast.train import checkpoint, loop
 from isonet_fast.train.config import Config
 from isonet_fast.train.divergence import Diverged
-from isonet_fast.train.loop import Interrupted, Run
+from isonet_fast.train.interrupts import Interrupted
+from isonet_fast.train.loop import Run
 
 from .several import Noisy
 
