@@ -69,7 +69,8 @@ def activation_shapes(network: str, kind: type, batch: int) -> list[Shape]:
 
 
 def cases(session: Session) -> list[Case]:
-    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few."""
+    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and two
+    sizes of which one stays in a cache, in both layouts."""
     if session.dry:
         return [Case(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
     batches = (256, 32) if session.cuda else (8, 2)
@@ -80,6 +81,9 @@ def cases(session: Session) -> list[Case]:
     if session.quick:
         few = [case for case in found if case.shape[0] == batches[0]]
         found = [case for case in few if _shown(session, case)]
+        if not session.cuda:
+            sizes = (32, 64, 56, 56), (32, 256, 14, 14)
+            found += [Case(*c) for c in itertools.product(list(TENSORS)[:2], sizes, (torch.float32,), LAYOUTS)]
     return sorted(found, key=lambda case: not case.head)
 
 
