@@ -69,8 +69,8 @@ def activation_shapes(network: str, kind: type, batch: int) -> list[Shape]:
 
 
 def cases(session: Session) -> list[Case]:
-    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and two
-    sizes of which one stays in a cache, in both layouts."""
+    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and
+    two sizes of which one stays in a cache, in both layouts."""
     if session.dry:
         return [Case(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
     batches = (256, 32) if session.cuda else (8, 2)
