@@ -27,7 +27,7 @@ BOUNDS = {"copy": "#cccccc", "matmul": "#cccccc"}
 def bars(axis: Any, rows: list[Row], problems: list[dict[str, str]], title: str) -> None:
     """One group of bars per case: milliseconds of each provider, 20th to 80th percentile as whiskers."""
     colours = COLOURS | BOUNDS
-    sides = [(p["case"], group(rows, ("isonet_fast",), **p)) for p in problems]
+    sides = [(f"{p['case']}\n{p['dtype']} {p['layout']}", group(rows, ("isonet_fast",), **p)) for p in problems]
     sides = [(case, side) for case, side in sides if side]
     shown = [name for name in colours if any(name in side for _, side in sides)]
     width = 0.8 / max(1, len(shown))
@@ -69,14 +69,14 @@ def draw(rows: list[Row], kind: str, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    speed, axes = plt.subplots(1, 3, figsize=(17, 4.5), layout="constrained")
+    speed, axes = plt.subplots(1, 3, figsize=(19, 4.5), width_ratios=(2, 2, 5), layout="constrained")
     bars(axes[0], rows, cases(rows, op="step"), "training step")
     penalties = [c for c in cases(rows, op="orthogonality") if "isonet" in c["case"] or "cifar" in c["case"]]
     modes = {c["mode"] for c in penalties}
     mode = "loss+gradient graph" if "loss+gradient graph" in modes else "loss+gradient"
     bars(axes[1], rows, [c for c in penalties if c["mode"] == mode], f"penalty, {mode}")
     streaming = list(cases(rows, op="srelu", mode="forward+backward"))
-    bars(axes[2], rows, streaming[:6], "SReLU, forward+backward")
+    bars(axes[2], rows, streaming[:8], "SReLU, forward+backward")
     scaling, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
     for axis, name in zip(axes, ("depth", "width", "batch", "channels", "layers"), strict=True):
         lines(axis, rows, name)
