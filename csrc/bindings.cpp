@@ -304,6 +304,9 @@ Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> gra
     layers[n].scale = static_cast<float>(scale[n]);
     if (grads.empty()) continue;
     check_same(grads[n], weights[n], "grads");
+    for (int64_t d = 0; d < grads[n].dim(); ++d)
+      STD_TORCH_CHECK(grads[n].stride(d) != 0 || grads[n].size(d) <= 1 || grads[n].numel() == 0,
+                      "elements of grads must not share memory");
     layers[n].grad = static_cast<float*>(grads[n].mutable_data_ptr());
     layers[n].grad_strides = grads[n].strides().data();
   }

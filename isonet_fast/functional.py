@@ -27,7 +27,7 @@ def srelu(
     dx = g m and db = sum of g (1 - m) over every axis but C, with m = not (y <= b): a tie gives its gradient to b,
     NaN in x or b propagates and passes its gradient. Twice differentiable. Only y and b are kept for the
     backward, so `inplace=True` saves a whole activation behind any operation that does not need its own output
-    (a convolution).
+    (a convolution). Not for the transforms of torch.func (vmap, jvp, ...).
 
     x: float32, float64, float16 or bfloat16. b: C values of any shape, rounded to x's dtype once; its gradient is
     accumulated in float32 (float64 for float64).

@@ -1,7 +1,7 @@
 """The shape of one layer's orthogonality problem: rows, columns, taps and the offsets between them.
 
-Everything here follows from shapes alone. The closed form (`ops/orthogonality.py`) and the tile plan of the
-Triton kernels (`kernels/`) both read it; the specification (`reference.py`) deliberately does not.
+Everything here follows from shapes alone. The closed form and the kernel for small layers (`ops/`) and the tile plan of
+the Triton kernels (`kernels/`) read it; the specification (`reference.py`) deliberately does not.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class OrthoRegularizer:
 
     Covers every Conv1d to Conv3d (subclasses too, transposed ones never) and OrthoLinear; each Parameter once, however
     many modules share it. Weights are looked up at each call, so FSDP, `load_state_dict(assign=True)` and swapped
-    (EMA) weights are seen. Parametrized weights are left out with a warning: reading one can advance a power
-    iteration.
+    (EMA) weights are seen; stride, dilation and groups are those of the first call. Parametrized weights are left out
+    with a warning: reading one can advance a power iteration.
 
     model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
         the network after `fully_shard`.

@@ -266,6 +266,7 @@ def _by_parts(
 def _accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
+    torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
     if serves(weights):
         return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
     losses = _evaluate(weights, problem, grads, scale, add=True)

@@ -18,7 +18,7 @@ import torch
 from ..models.load_official import read_checkpoint
 from . import dcp
 from .distributed import Processes
-from .files import Damaged, discard, replacing
+from .files import Damaged, discard, disk_errors_naming, replacing
 
 FORMAT = 2
 _LABEL = b"sha256:"
@@ -27,15 +27,16 @@ _KINDS = (".pt", ".dcp")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write `state` (tensors and plain values) so that `path` is always the old file or the new one, whole."""
+    """Write `state` (tensors and plain values) so that `path` is always the old file or the new one, whole.
+
+    latest.pt becomes previous.pt before, unless it is damaged: then it is written over.
+    """
     with replacing(path) as temporary:
-        _write(state, temporary, path)
+        with disk_errors_naming(path):
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+            _seal(temporary)
         _make_room(path)  # only now: a full disk or a kill while writing has cost nothing
-
-
-def save_latest(state: dict[str, Any], directory: Path) -> None:
-    """latest.pt, after the present one has become previous.pt, unless it is damaged: that one is written over."""
-    save(state, directory / "latest.pt")
 
 
 def save_sharded(state: dict[str, Any], path: Path, processes: Processes) -> None:
@@ -97,15 +98,16 @@ def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[di
     """The newer readable one of latest and previous, and its path; `say` is told of what was passed over."""
     paths = find(directory, "latest", "previous")
     if not paths:
-        raise FileNotFoundError(f"no checkpoint in {directory}: neither latest.pt nor previous.pt")
+        raise FileNotFoundError(f"no checkpoint in {directory}: neither latest.pt nor previous.pt (or .dcp)")
     for path in paths:
         try:
             return load(path), path
         except Damaged as error:
             if path == paths[-1]:
+                kind = path.suffix
                 raise Damaged(
-                    f"{error}; neither latest.pt nor previous.pt in {directory} can be resumed from "
-                    "(best.pt or an epoch-N.pt can, copied to latest.pt)"
+                    f"{error}; neither latest{kind} nor previous{kind} in {directory} can be resumed from "
+                    f"(best{kind} or an epoch-N{kind} can, copied to latest{kind})"
                 ) from error
             say(f"{error}; falling back to {paths[-1]}")
     raise AssertionError("unreachable")
@@ -117,20 +119,6 @@ def _whole(path: Path) -> bool:
     except Damaged:
         return False
     return True
-
-
-def _write(state: dict[str, Any], temporary: Path, path: Path) -> None:
-    """The bytes of a checkpoint, on the disk; an OSError names the `path` that they are for."""
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-        _seal(temporary)
-    except (OSError, RuntimeError) as error:
-        # torch.save says "unexpected pos 3392 vs 3350" for a full disk; the reason is the exception behind it
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def _comment(digest: Any) -> bytes:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..models.load_official import read_checkpoint
-from .files import Damaged, discard, sync, temporary_beside
+from .files import Damaged, discard, disk_errors_naming, sync, temporary_beside
 
 if TYPE_CHECKING:
     from .distributed import Processes
@@ -59,9 +59,11 @@ def _begin(path: Path) -> Path:
 
 def _finish(rest: dict[str, Any], temporary: Path, path: Path, before: Callable[[], None]) -> None:
     try:
-        torch.save(rest, temporary / "run.pt")
-        digests = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST).write_text(json.dumps(digests, indent=1))
+        with disk_errors_naming(path):
+            with open(temporary / "run.pt", "wb") as run:
+                torch.save(rest, run)
+            digests = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+            (temporary / _MANIFEST).write_text(json.dumps(digests, indent=1))
         for name in ("run.pt", _MANIFEST):  # the other files are on the disk already
             with open(temporary / name, "rb+") as file:
                 os.fsync(file.fileno())

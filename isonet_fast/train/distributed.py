@@ -138,7 +138,7 @@ def _side_stream(device: torch.device) -> Any:
 def processes() -> Iterator[Processes]:
     """What torchrun has started, one process alone without it. Torn down where the run ends well: after a failure the
     others may never answer."""
-    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
     if size == 1:
         yield ALONE
         return

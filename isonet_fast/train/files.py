@@ -33,6 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def disk_errors_naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names `path`, not a temporary file; so does what torch.save makes of one.
+
+    For a full disk it says "unexpected pos 3392 vs 3350"; the reason is the exception behind that.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
+
+
 def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
 

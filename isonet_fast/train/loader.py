@@ -135,19 +135,21 @@ class Loader:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """start: how many examples of the epoch are done, by all processes together."""
         self.order.epoch, self.order.start = epoch, start
-        with naming_dead_workers():
+        with naming_dead_workers(self.loader.num_workers):
             yield from self.loader
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
-    """WorkerDied for a worker's death. Mostly a signal reports it, so the error comes up wherever this process is just
-    then; while the worker hands over a batch, its connection breaks."""
+def naming_dead_workers(workers: int) -> Iterator[None]:
+    """WorkerDied for the death of one of `workers`. Mostly a signal reports it, so the error comes up wherever this
+    process is just then; while the worker hands over a batch, its connection breaks."""
     try:
         yield
     except WorkerDied:
         raise
     except (ConnectionError, EOFError, RuntimeError) as error:
+        if not workers or isinstance(error, BrokenPipeError):  # nobody reads what is printed
+            raise
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         reason = str(error).strip(" .") if isinstance(error, RuntimeError) else f"A DataLoader worker is gone ({error})"

@@ -184,7 +184,7 @@ class Run:
             self.save()  # so that a divergence in the first epoch has a checkpoint to name
         with self._signals:
             try:
-                with naming_dead_workers():
+                with naming_dead_workers(self.train_loader.loader.num_workers):
                     while self.epoch <= self.config.schedule.epochs:
                         row = self._train_epoch()
             except (OSError, WorkerDied) as error:

@@ -237,3 +237,19 @@ def test_wrong_arguments():
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(*arguments)
+
+
+def test_a_gradient_that_is_added_to_counts_as_changed() -> None:
+    """By autograd: a backward that has kept it must not go on with it."""
+    weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 3, 3)
+    x = torch.ones(4, 4, 3, 3, requires_grad=True)
+    y = (x * grad).sum()
+    orthogonality.accumulate_grad_([weight], [grad], problem_of([weight], [(1, 1, 1, "isonet")]), 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
+    weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 1, 1).expand(4, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="elements of grads must not share memory"):
+        orthogonality.accumulate_grad_([weight], [grad], problem_of([weight], [(1, 1, 1, "isonet")]), 1.0)

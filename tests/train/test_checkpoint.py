@@ -25,7 +25,7 @@ def test_round_trip_and_plain_torch_load(tmp_path: Path) -> None:
 
 def test_latest_keeps_the_previous_one(tmp_path: Path) -> None:
     for n in (1, 2, 3):
-        checkpoint.save_latest(state(n), tmp_path)
+        checkpoint.save(state(n), tmp_path / "latest.pt")
     assert sorted(os.listdir(tmp_path)) == ["latest.pt", "previous.pt"]
     assert checkpoint.load(tmp_path / "latest.pt")["step"] == 3
     assert checkpoint.load(tmp_path / "previous.pt")["step"] == 2
@@ -34,7 +34,7 @@ def test_latest_keeps_the_previous_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "tail"])
 def test_a_damaged_latest_falls_back_and_says_so(tmp_path: Path, damage: str) -> None:
     for n in (1, 2):
-        checkpoint.save_latest(state(n), tmp_path)
+        checkpoint.save(state(n), tmp_path / "latest.pt")
     latest = tmp_path / "latest.pt"
     content = bytearray(latest.read_bytes())
     if damage == "flip":
@@ -60,7 +60,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
 
 def test_both_damaged(tmp_path: Path) -> None:
     for n in (1, 2):
-        checkpoint.save_latest(state(n), tmp_path)
+        checkpoint.save(state(n), tmp_path / "latest.pt")
     for name in ("latest.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"PK")
     with pytest.raises(checkpoint.Damaged, match=r"previous\.pt is damaged"):
@@ -69,7 +69,7 @@ def test_both_damaged(tmp_path: Path) -> None:
 
 def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in (1, 2):
-        checkpoint.save_latest(state(n), tmp_path)
+        checkpoint.save(state(n), tmp_path / "latest.pt")
     os.replace(tmp_path / "latest.pt", tmp_path / "previous.pt")
     contents, path = checkpoint.load_latest(tmp_path)
     assert contents["step"] == 2 and path.name == "previous.pt"
@@ -78,12 +78,12 @@ def test_killed_between_the_two_renames(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_full_disk_while_writing_costs_nothing(tmp_path: Path) -> None:
     """The kernel refuses the second half of the file, as it does on a full disk."""
     resource = pytest.importorskip("resource")
-    checkpoint.save_latest(state(1), tmp_path)
+    checkpoint.save(state(1), tmp_path / "latest.pt")
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "latest.pt").stat().st_size // 2, former[1]))
     try:
         with pytest.raises(OSError, match=r"File too large: '.*latest\.pt'"):
-            checkpoint.save_latest(state(2), tmp_path)
+            checkpoint.save(state(2), tmp_path / "latest.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, former)
     assert os.listdir(tmp_path) == ["latest.pt"]
@@ -92,9 +92,9 @@ def test_a_full_disk_while_writing_costs_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_latest_never_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     for n in (1, 2):
-        checkpoint.save_latest(state(n), tmp_path)
+        checkpoint.save(state(n), tmp_path / "latest.pt")
     (tmp_path / "latest.pt").write_bytes(b"PK")
-    checkpoint.save_latest(state(3), tmp_path)
+    checkpoint.save(state(3), tmp_path / "latest.pt")
     assert [checkpoint.load(tmp_path / name)["step"] for name in ("latest.pt", "previous.pt")] == [3, 1]
 
 

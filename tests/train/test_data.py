@@ -18,7 +18,7 @@ from torch import Tensor
 
 from isonet_fast.train.config import Config, Data
 from isonet_fast.train.datasets import Corrupt, Synthetic, open_source
-from isonet_fast.train.loader import Loader, WorkerDied
+from isonet_fast.train.loader import Loader, WorkerDied, naming_dead_workers
 
 
 @pytest.fixture
@@ -98,6 +98,14 @@ def test_a_worker_that_dies_is_reported() -> None:
     loaded = Loader(Deadly(4, 8, 0), 2, 1, 0, False, False)
     with pytest.raises(WorkerDied, match=r"DataLoader worker .* exited unexpectedly.*fewer data\.workers"):
         list(loaded.batches())
+
+
+def test_what_else_breaks_a_connection_is_no_dead_worker() -> None:
+    for workers, error in ((0, ConnectionResetError), (2, BrokenPipeError), (2, RuntimeError), (0, EOFError)):
+        with pytest.raises(error), naming_dead_workers(workers):
+            raise error("something else")
+    with pytest.raises(WorkerDied, match=r"A DataLoader worker is gone \(reset\)"), naming_dead_workers(2):
+        raise ConnectionResetError("reset")
 
 
 def test_more_batch_than_images(small: Callable[..., Config]) -> None:

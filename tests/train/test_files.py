@@ -1,12 +1,16 @@
 """replacing: a file is the whole former one or the whole new one, at every moment."""
 
+import errno
+import io
 import os
 import stat
 import threading
+from pathlib import Path
 
 import pytest
+import torch
 
-from isonet_fast.train.files import replacing, sweep
+from isonet_fast.train.files import disk_errors_naming, replacing, sweep
 
 
 def listing(directory):
@@ -99,3 +103,20 @@ def test_what_a_killed_writer_left_is_swept_up(tmp_path):
         (tmp_path / name).write_text("kept")
     sweep(tmp_path)
     assert listing(tmp_path) == [".hidden", "latest.pt", "notes.tmp"]
+
+
+class FullDisk(io.BytesIO):
+    def write(self, content):
+        if self.tell() > 500:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content)
+
+
+def test_what_torch_save_makes_of_a_full_disk_is_an_error_of_the_disk():
+    with pytest.raises(OSError, match="No space left on device: 'latest.pt'"), disk_errors_naming(Path("latest.pt")):
+        torch.save({"weight": torch.zeros(1000)}, FullDisk())
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="not the disk"), disk_errors_naming(Path("latest.pt")):
+        raise RuntimeError("not the disk")
