@@ -17,13 +17,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from isonet_fast.kernels import plan
-
 try:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from isonet_fast.kernels import tiles
     from isonet_fast.kernels.finish import _finish_kernel
     from isonet_fast.kernels.grad import _grad_kernel
     from isonet_fast.kernels.gram import _gram_kernel
@@ -53,14 +52,14 @@ class Case(NamedTuple):
 def cases(arch: int) -> Iterator[Case]:
     """Every kernel that a device of this architecture launches."""
     for key in ("pointer" if arch == 80 else "tma", "highest"):
-        variant = plan.VARIANTS[key]
+        variant = tiles.VARIANTS[key]
         yield from _variant_cases(variant, "" if key != "highest" else " float32")
     signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "constants": "*fp64"}
     signature |= {"coefficients": "*fp64", "layers": "i32", "longest": "i32"}
-    yield Case("finish", _finish_kernel, signature, plan.FINISH_OPTIONS)
+    yield Case("finish", _finish_kernel, signature, tiles.FINISH_OPTIONS)
 
 
-def _variant_cases(variant: plan.Variant, suffix: str) -> Iterator[Case]:
+def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
     element = "bf16" if variant.products == 3 else "fp32"
     fast = variant.products == 3
 
@@ -68,13 +67,13 @@ def _variant_cases(variant: plan.Variant, suffix: str) -> Iterator[Case]:
         return f"tensordesc<{element}[{rows},{columns}]>" if variant.tma else f"*{element}"
 
     signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
-    yield Case(f"pack{suffix}", _pack_kernel, signature, plan.pack_options(variant))
+    yield Case(f"pack{suffix}", _pack_kernel, signature, tiles.pack_options(variant))
     for gram in variant.gram:
         box = plane(gram.block, gram.chunk)
         signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
         for save in (True, False) if fast else (True,):
             name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
-            options = plan.gram_options(variant, gram, save)
+            options = tiles.gram_options(variant, gram, save)
             yield Case(name, _gram_kernel, signature, options, 4 if fast else 2, fast)
     for grad in variant.grad:
         signature = {
@@ -90,7 +89,7 @@ def _variant_cases(variant: plan.Variant, suffix: str) -> Iterator[Case]:
         for accumulate in (False, True):
             flat = {} if accumulate else {"out": "*fp32", "grad_output": "*fp32"}
             name = f"grad {grad.rows}x{grad.columns}" + (" accumulate" if accumulate else "") + suffix
-            options = plan.grad_options(variant, grad, accumulate)
+            options = tiles.grad_options(variant, grad, accumulate)
             yield Case(name, _grad_kernel, signature | flat, options, 4, fast)
 
 

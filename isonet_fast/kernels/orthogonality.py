@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import Layer
 from . import plan as planning
+from . import tiles
 from .finish import _finish_kernel
 from .grad import _grad_kernel
 from .gram import _gram_kernel
@@ -161,18 +162,18 @@ def _forward(
     if len(plan.pack_tiles):
         _pack_kernel[(len(plan.pack_tiles),)](
             hi, lo, tables.pack.on(stream), tables.view("read", weights, stream),
-            **planning.pack_options(plan.variant),
+            **tiles.pack_options(plan.variant),
         )  # fmt: skip
     for tile, table in tables.gram.items():
         box = [tile.block, tile.chunk]
         _gram_kernel[(len(plan.gram_tiles[tile]),)](
             _plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream),
-            **planning.gram_options(plan.variant, tile, save),
+            **tiles.gram_options(plan.variant, tile, save),
         )  # fmt: skip
     _finish_kernel[(1,)](
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
         tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
-        **planning.FINISH_OPTIONS,
+        **tiles.FINISH_OPTIONS,
     )  # fmt: skip
     return loss, losses, [hi, residual] if save else []
 
@@ -197,7 +198,7 @@ def _grad(
             _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
             _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), tables.runs.on(stream), view,
             tables.coefficients(coefficients).on(stream), grad_output, scale,
-            **planning.grad_options(plan.variant, tile, flat is None),
+            **tiles.grad_options(plan.variant, tile, flat is None),
         )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .plan import GradTile, GramTile, Plan
+from .plan import Plan
+from .tiles import GradTile, GramTile
 
 VIEW_COLUMNS = 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
