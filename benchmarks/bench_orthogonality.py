@@ -133,9 +133,8 @@ class Case:
         return found
 
     def compare(self, mode: str, compile: bool = False) -> None:
-        """`graph`: replayed where it can be captured; the official form copies from the host, which can't be.
-        `host`: the time until the call returns."""
-        gradient, graph, host = "gradient" in mode, mode.endswith("graph"), mode.endswith("host")
+        """`graph`: replayed where it can be captured; the official form copies from the host, which can't be."""
+        gradient, graph = "gradient" in mode, mode.endswith("graph")
         work = flops(self.convs, gradient, 3 if self.session.cuda else 1)
 
         def build() -> list[Contender]:
@@ -146,7 +145,7 @@ class Case:
                 made.plain = call
                 contenders.append(made)
             dtype = torch.bfloat16 if self.session.cuda else torch.float32
-            bounds = [] if host else [providers.matmul_bound(work, dtype, self.session.device)]
+            bounds = [providers.matmul_bound(work, dtype, self.session.device)]
             if graph:  # reading every weight and writing it as two bfloat16 planes
                 bounds.append(providers.copy_bound(8 * sum(w.numel() for w in self.weights), self.session.device))
             return [*bounds, *contenders]
@@ -155,8 +154,7 @@ class Case:
         if not self.session.late(what):
             problem = Problem(self.op, mode, self.name, "float32")
             tolerance = TOLERANCE[self.session.device.type]
-            contenders, how = self.session.attempt(what, build), "host" if host else "cold"
-            self.session.compare(problem, contenders, tolerance, "" if host else "matmul", how)
+            self.session.compare(problem, self.session.attempt(what, build), tolerance, "matmul", "cold")
         self.session.clock.release()
 
     def _contender(self, name: str, call: Callable[[], tuple], work: float) -> Contender:
@@ -200,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
         for case in cases[: 2 if session.quick else None]:
             if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
                 case.compare(first, compile=True)
-    others = ["loss+gradient", "loss+gradient host", "loss"] if session.cuda else ["loss"]
+    others = ["loss+gradient", "loss"] if session.cuda else ["loss"]
     for mode, case in itertools.product(others, cases):
         case.compare(mode)
     run_layers(session, first)

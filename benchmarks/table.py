@@ -74,6 +74,16 @@ def penalty_table(rows: list[Row]) -> str:
     return markdown([*head, "official / ours", "share of the matrix rate"], body)
 
 
+def host_table(rows: list[Row]) -> str:
+    """The host's time of the penalty's calls; see bench_host.py."""
+    modes = ("accumulate_grad_", "loss", "gradient")
+    body = []
+    for name in dict.fromkeys(problem["case"] for problem in cases(rows, op="orthogonality_host")):
+        sides = [group(rows, ("isonet_fast",), op="orthogonality_host", mode=mode, case=name) for mode in modes]
+        body.append([name, *(f"{1e3 * ms(side['isonet_fast']):.0f}" if side else "" for side in sides)])
+    return markdown(["until the call returns, us", "`accumulate_grad_()`", "`reg()`", "its backward"], body)
+
+
 def srelu_table(rows: list[Row]) -> str:
     """SReLU and join, forward and backward, at the shapes of ISONet-50 and R-ISONet-50."""
     body = []
@@ -96,6 +106,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "targets": targets_table,
     "step": step_table,
     "penalty": penalty_table,
+    "host": host_table,
     "srelu": srelu_table,
 }
 

@@ -105,7 +105,7 @@ class OrthoRegularizer:
         self._included: dict[str, tuple[nn.Module, str, float]] = {}
         self._sharded: dict[nn.Module, nn.Parameter] = {}
         self._problems: dict[tuple, tuple[orthogonality.Problem, Shards | None]] = {}
-        self._seen: tuple[list[nn.Parameter | None], list[torch.Size | None]] = [], []
+        self._seen: tuple[list[nn.Parameter], list[torch.Size]] = [], []
         self._gathered: tuple[list[nn.Parameter], orthogonality.Problem, Shards | None] | None = None
         reshard(model)
         for name, module in model.named_modules():
@@ -156,13 +156,13 @@ class OrthoRegularizer:
         While the modules hold the same Parameters of the same shapes, the answer of last time: on a GPU the host's time
         per call counts.
         """
-        now = [_weight(module) for module, *_ in self._included.values()]
-        shapes = [None if weight is None else weight.shape for weight in now]
-        known, known_shapes = self._seen
-        same = len(now) == len(known) and all(map(operator.is_, now, known)) and shapes == known_shapes
-        if self._gathered is None or not same:
-            self._gathered = self._look_up()
-            self._seen = now, shapes
+        now = [module._parameters.get("weight") for module, _, _ in self._included.values()]
+        known, shapes = self._seen
+        same = len(now) == len(known) and all(map(operator.is_, now, known))
+        if self._gathered is None or not same or [w.shape for w in known] != shapes:
+            self._gathered = self._look_up()  # leaves out what is parametrized since: None here
+            known = [weight for weight in now if weight is not None]
+            self._seen = known, [w.shape for w in known]
         return self._gathered
 
     def _look_up(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
@@ -175,6 +175,12 @@ class OrthoRegularizer:
             else:
                 weights.setdefault(id(weight), (weight, module, chosen, value))
         now = [w for w, *_ in weights.values()]
+        devices = sorted({str(w.device) for w in now})
+        if len(devices) > 1:
+            raise ValueError(
+                f"OrthoRegularizer needs its weights on one device, they are on {', '.join(devices)}; "
+                "make one for each device, with filter="
+            )
         key = tuple((w.shape, m, is_sharded(w)) for w, m, *_ in weights.values())
         if key not in self._problems:
             layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
@@ -221,16 +227,7 @@ class OrthoRegularizer:
             return self._accumulate_sharded(weights, problem, shards, grad_scale)
         if self._shard_group is not None:
             self._check_order(weights)
-        grads = []
-        for weight in weights:
-            trained = weight.requires_grad
-            grad = weight.grad if trained else None
-            if grad is None:  # a frozen weight counts in the value; a gradient from before it was frozen is not touched
-                grad = torch.zeros_like(weight)
-                if trained:
-                    weight.grad = grad
-            grads.append(grad)
-        total, self._losses = orthogonality.accumulate_grad_(weights, grads, problem, grad_scale)
+        total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, grad_scale)
         return total if weights else self._zero()
 
     def _accumulate_sharded(
@@ -327,6 +324,21 @@ def official_filter(name: str, module: nn.Module) -> bool:
 def _weight(module: nn.Module) -> nn.Parameter | None:
     """The Parameter itself, None where it is parametrized; never computed, as `module.weight` might be."""
     return module._parameters.get("weight")
+
+
+def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
+    """Every weight's `.grad`, made where there is none. A frozen weight counts in the value alone: it gets a gradient
+    that nobody sees, and one from before it was frozen is not touched."""
+    grads = []
+    for weight in weights:
+        trained = weight.requires_grad
+        grad = weight.grad if trained else None
+        if grad is None:
+            grad = torch.zeros_like(weight)
+            if trained:
+                weight.grad = grad
+        grads.append(grad)
+    return grads
 
 
 def _layer(weight: Tensor, module: nn.Module, penalty: str) -> Layer:

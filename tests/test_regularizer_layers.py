@@ -322,3 +322,14 @@ def test_every_penalised_layer_of_a_published_network_starts_at_its_delta(residu
     assert [row.name for row in rows if row.excluded] == ["stem.conv"]
     assert len(rows) == (9 if residual else 7)
     assert all(row.value == 0 for row in rows)
+
+
+def test_weights_on_two_devices_are_refused():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, device="meta"))
+    reg = OrthoRegularizer(net)
+    for call in (reg, reg.accumulate_grad_, reg):
+        with pytest.raises(ValueError, match=r"on one device, they are on cpu, meta; make one for each .*filter="):
+            call()
+    net[1].to_empty(device="cpu")
+    torch.nn.init.dirac_(net[1].weight)
+    assert reg().isfinite()

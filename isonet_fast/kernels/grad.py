@@ -16,7 +16,7 @@ import triton.language as tl
 from .layout import side, tap_offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it can be any element of a tensor
 def _grad_kernel(
     residual,  # (rows, 128): boxes of (ROWS, DEPTH), or a pointer
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)

@@ -125,8 +125,8 @@ def accumulate_grad_(
     tables = _prepare(weights, layers, precision, offsets)
     with _on(tables.device) as stream:
         loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
-        if all(g.dtype == torch.float32 for g in grads):
-            _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=scale)
+        if [g.dtype for g in grads].count(torch.float32) == len(grads):
+            _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=float(scale))
         else:  # half precision: formed in float32, added with one rounding
             layout = tables.flat(weights)
             factor = torch.full((), scale, device=tables.device)
@@ -150,7 +150,7 @@ class _CurrentStream(torch.cuda.device):
 def _forward(
     tables: Tables, weights: Sequence[Tensor], coefficients: tuple[float, ...], save: bool, stream: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    plan, device = tables.plan, tables.device
+    plan, device, launch = tables.plan, tables.device, tables.launches
     split = plan.precision is None
     dtype = torch.bfloat16 if split else torch.float32
     hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
@@ -159,22 +159,20 @@ def _forward(
     partials = torch.empty(max(1, plan.partials), device=device)
     losses = torch.empty(len(weights), device=device)
     loss = torch.empty((), device=device)
+    arguments: tuple
     if len(plan.pack_tiles):
-        _pack_kernel[(len(plan.pack_tiles),)](
-            hi, lo, tables.pack.on(stream), tables.view("read", weights, stream),
-            **tiles.pack_options(plan.variant),
-        )  # fmt: skip
+        arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
+        launch("pack", _pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
     for tile, table in tables.gram.items():
         box = [tile.block, tile.chunk]
-        _gram_kernel[(len(plan.gram_tiles[tile]),)](
-            _plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream),
-            **tiles.gram_options(plan.variant, tile, save),
-        )  # fmt: skip
-    _finish_kernel[(1,)](
+        arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
+        options = tiles.gram_options(plan.variant, tile, save)
+        launch((tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
+    arguments = (
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
-        tables.coefficients(coefficients).on(stream), len(weights), int(plan.partial_ranges[:, 1].max()),
-        **tiles.FINISH_OPTIONS,
+        tables.coefficients(coefficients).on(stream), len(weights), plan.longest_range,
     )  # fmt: skip
+    launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
     return loss, losses, [hi, residual] if save else []
 
 
@@ -191,15 +189,17 @@ def _grad(
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """One launch per tile size, into `flat` (times grad_output) or added to what the view points at (times scale)."""
-    plan = tables.plan
+    plan, accumulate = tables.plan, flat is None
     hi, residual = saved
+    runs, factors = tables.runs.on(stream), tables.coefficients(coefficients).on(stream)
     for tile, table in tables.grad.items():
-        _grad_kernel[(len(plan.grad_tiles[tile]),)](
+        arguments = (
             _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
-            _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), tables.runs.on(stream), view,
-            tables.coefficients(coefficients).on(stream), grad_output, scale,
-            **tiles.grad_options(plan.variant, tile, flat is None),
+            _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), runs, view, factors, grad_output,
+            scale,
         )  # fmt: skip
+        options = tiles.grad_options(plan.variant, tile, accumulate)
+        tables.launches((tile, accumulate), _grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
 
 
 def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:

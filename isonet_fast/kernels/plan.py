@@ -176,9 +176,14 @@ class Plan:
         self.grad_tiles: dict[GradTile, np.ndarray] = {}
         self._plan_grad()
 
-    @property
+    @cached_property
     def partials(self) -> int:
         return int(self.partial_ranges[:, 1].sum())
+
+    @cached_property
+    def longest_range(self) -> int:
+        """The most partial sums that one layer has."""
+        return int(self.partial_ranges[:, 1].max())
 
     @property
     def constants(self) -> np.ndarray:

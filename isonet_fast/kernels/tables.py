@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .launch import Launches
 from .plan import Plan
 from .tiles import GradTile, GramTile
 
@@ -109,6 +110,7 @@ class Tables:
         self.runs = Table(plan.runs, device)
         self.ranges = Table(plan.partial_ranges, device)
         self.constants = Table(plan.constants, device)
+        self.launches = Launches()
         self._static = _static_columns(plan)
         self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}

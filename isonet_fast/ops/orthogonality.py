@@ -8,7 +8,7 @@ backward belongs to that call: two forwards before a backward are right.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,10 @@ from ..geometry import Layer, shard
 from . import closed_form, small_layers
 from ._library import implement, library, ops
 
+# problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch
+library.define("orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])")
 library.define(
-    # stride and dilation hold every layer's values one after the other; shard is (rank, number of ranks)
-    "orthogonality_loss(Tensor[] weights, int[] stride, int[] dilation, int[] groups, str[] penalty,"
-    " float[] coefficient, str? precision, int[] shard, bool save) -> (Tensor, Tensor, Tensor[])"
-)
-library.define(
-    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, int[] stride, int[] dilation,"
-    " int[] groups, str[] penalty, float[] coefficient, str? precision, int[] shard) -> Tensor[]"
+    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
 )
 
 
@@ -47,15 +43,18 @@ class Problem:
         self._offsets: tuple | None = None
         self._parts: list[tuple[list[int], Problem]] | None = None
         self._small: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self.arguments = (  # in the order of the schema, `stride` to `shard`
-            [s for layer in layers for s in layer.stride],
-            [e for layer in layers for e in layer.dilation],
-            [layer.groups for layer in layers],
-            [layer.penalty for layer in layers],
-            list(coefficients),
-            precision,
-            list(part),
-        )
+        self._text: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Everything but the weights and their shapes, one line per layer, as the ops take it. `_read` reads it."""
+        if self._text is None:
+            lines = [f"{self.precision or 'default'} {self.part[0]} {self.part[1]}"]
+            for layer, coefficient in zip(self.layers, self.coefficients, strict=True):
+                stride, dilation = "x".join(map(str, layer.stride)), "x".join(map(str, layer.dilation))
+                lines.append(f"{stride} {dilation} {layer.groups} {layer.penalty} {coefficient!r}")
+            self._text = "\n".join(lines)
+        return self._text
 
     @property
     def offsets(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -96,26 +95,29 @@ class Problem:
 
 
 @functools.lru_cache(maxsize=64)
-def _problem(shapes: tuple, stride: tuple, dilation: tuple, groups: tuple, penalty: tuple, *rest: Any) -> Problem:
-    layers, at = [], 0
-    for shape, g, p in zip(shapes, groups, penalty, strict=True):
-        dims = len(shape) - 2
-        layers.append(Layer(shape, stride[at : at + dims], dilation[at : at + dims], g, p))
-        at += dims
-    return Problem(tuple(layers), *rest)
+def _read(text: str, shapes: tuple[tuple[int, ...], ...]) -> Problem:
+    (precision, *part), *lines = (line.split(" ") for line in text.split("\n"))
+    layers, coefficients = [], []
+    for shape, (*steps, groups, penalty, coefficient) in zip(shapes, lines, strict=True):
+        stride, dilation = (tuple(map(int, numbers.split("x"))) if numbers else () for numbers in steps)
+        layers.append(Layer(tuple(shape), stride, dilation, int(groups), penalty))
+        coefficients.append(float(coefficient))
+    rank, ranks = map(int, part)
+    return Problem(tuple(layers), tuple(coefficients), None if precision == "default" else precision, (rank, ranks))
 
 
-def _read(weights: Sequence[Tensor], arguments: Sequence) -> Problem:
-    """The inverse of `Problem.arguments`."""
-    *geometry, coefficient, precision, part = arguments
-    shapes = tuple(tuple(w.shape) for w in weights)
-    return _problem(shapes, *map(tuple, geometry), tuple(coefficient), precision, tuple(part))
+def _shapes(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple([w.shape for w in weights])
 
 
 def serves(weights: Sequence[Tensor]) -> bool:
     """Whether the Triton kernels compute this list; else the closed form."""
-    return all(w.is_cuda and w.dtype != torch.float64 for w in weights) and not (
-        len(weights) == 0 or kernels.unavailable(weights[0].device)
+    return (
+        len(weights) > 0
+        and weights[0].is_cuda
+        and len(set(map(Tensor.get_device, weights))) == 1  # else the closed form raises what PyTorch says to that
+        and torch.float64 not in [w.dtype for w in weights]
+        and kernels.unavailable(weights[0].device) is None
     )
 
 
@@ -133,9 +135,8 @@ def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 @implement("orthogonality_loss")
-def _orthogonality_loss(weights: list[Tensor], *arguments_and_save: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *arguments, save = arguments_and_save
-    problem = _read(weights, arguments)
+def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    problem = _read(text, _shapes(weights))
     if serves(weights):
         return _triton().forward(weights, *_triton_arguments(problem), save)
     saved = _saved_like(weights) if save else []
@@ -180,13 +181,13 @@ def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss")
-def _orthogonality_loss_fake(weights: list[Tensor], *arguments_and_save: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    *arguments, save = arguments_and_save
+def _orthogonality_loss_fake(weights: list[Tensor], problem: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype = max((closed_form.wide_dtype(w) for w in weights), key=lambda d: d.itemsize)
     saved: list[Tensor] = []
     if save and serves(weights):
-        problem = _read(weights, arguments)
-        saved = _triton().saved_like(weights, problem.layers, problem.precision, problem.offsets)
+        shapes = tuple(tuple(map(int, w.shape)) for w in weights)  # the kernels' plan is for sizes, not symbols
+        read = _read(problem, shapes)
+        saved = _triton().saved_like(weights, read.layers, read.precision, read.offsets)
     elif save:
         saved = _saved_like(weights)
     return weights[0].new_empty((), dtype=dtype), weights[0].new_empty(len(weights), dtype=dtype), saved
@@ -194,52 +195,54 @@ def _orthogonality_loss_fake(weights: list[Tensor], *arguments_and_save: Any) ->
 
 @implement("orthogonality_loss_backward")
 def _orthogonality_loss_backward(
-    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], *arguments: Any
+    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
     if serves(weights):
-        return _triton().backward(grad_output, saved, weights, *_triton_arguments(_read(weights, arguments)))
+        return _triton().backward(grad_output, saved, weights, *_triton_arguments(_read(problem, _shapes(weights))))
     scaled = torch._foreach_mul(saved, grad_output)
     return [g.to(w.dtype) for g, w in zip(scaled, weights, strict=True)]
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss_backward")
 def _orthogonality_loss_backward_fake(
-    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], *arguments: Any
+    grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    weights, *ctx.arguments, ctx.has_saved = inputs
-    _, losses, saved = output
-    ctx.count = len(weights)
-    ctx.save_for_backward(*weights, *saved)
-    ctx.mark_non_differentiable(losses, *saved)
+class OrthogonalityLoss(torch.autograd.Function):
+    """orthogonality_loss under autograd: (total, penalties) of (Problem.text, whether to save, *weights).
 
+    Around an op that knows nothing of it: `register_autograd` takes longer than the kernels to launch.
+    """
 
-def _backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "orthogonality_loss is differentiable once, but create_graph=True asked for a graph of its gradient; "
-            "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
-        )
-    weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-    grads = ops.orthogonality_loss_backward(grad_output, saved, weights, *ctx.arguments)
-    needed = ctx.needs_input_grad[0]
-    # register_autograd takes an empty list argument (a linear layer's strides) for a list of tensors
-    no_grad: list = [[] if argument == [] else None for argument in ctx.arguments]
-    return [g if n else None for g, n in zip(grads, needed, strict=True)], *no_grad, None
+    @staticmethod
+    def forward(ctx: Any, text: str, save: bool, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        total, losses, saved = ops.orthogonality_loss(weights, text, save)
+        ctx.text, ctx.count = text, len(weights)
+        ctx.save_for_backward(*weights, *saved)
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
-
-torch.library.register_autograd("isonet_fast::orthogonality_loss", _backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "orthogonality_loss is differentiable once, but create_graph=True asked for a graph of its gradient; "
+                "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
+            )
+        weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        grads = ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text)
+        return None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 
 def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
     save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    return _by_parts(
-        problem, lambda n, part: ops.orthogonality_loss([weights[i] for i in n], *part.arguments, save)[:2]
-    )
+    if len(problem.parts) == 1:
+        return OrthogonalityLoss.apply(problem.text, save, *weights)
+    parts = [(part.text, [weights[n] for n in members]) for members, part in problem.parts]
+    return _joined(problem, [OrthogonalityLoss.apply(text, save, *ws) for text, ws in parts])
 
 
 @torch.no_grad()
@@ -247,26 +250,30 @@ def accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
-    return _by_parts(
-        problem, lambda n, part: _accumulate_grad_([weights[i] for i in n], [grads[i] for i in n], part, scale)
+    torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
+    if len(problem.parts) == 1:
+        return _accumulate_grad_(weights, grads, problem, scale)
+    return _joined(
+        problem,
+        [
+            _accumulate_grad_([weights[n] for n in members], [grads[n] for n in members], part, scale)
+            for members, part in problem.parts
+        ],
     )
 
 
-def _by_parts(
-    problem: Problem, compute: Callable[[list[int], Problem], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    results = [(members, *compute(members, part)) for members, part in problem.parts]
-    if len(results) == 1:
-        return results[0][1:]
-    (_, first, _), (_, second, _) = results
-    in_order = {n: value for members, _, losses in results for n, value in zip(members, losses.unbind(), strict=True)}
+def _joined(problem: Problem, results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Total and penalties of all layers, in their order, from those of the problem's parts."""
+    in_order: dict[int, Tensor] = {}
+    for (members, _), (_, losses) in zip(problem.parts, results, strict=True):
+        in_order.update(zip(members, losses.unbind(), strict=True))
+    (first, _), (second, _) = results
     return first + second, torch.stack([in_order[n] for n in range(len(in_order))])
 
 
 def _accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
-    torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
     if serves(weights):
         return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
     losses = _evaluate(weights, problem, grads, scale, add=True)

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -52,6 +54,19 @@ def test_dry_run(script, options, expected):
     if "--profile" in options:
         check_profile(written)
     assert stored() == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the null driver would hide this machine's GPU")
+def test_dry_run_of_the_host(tmp_path):
+    """In a process of its own, whose driver launches nothing."""
+    code = "from benchmarks import bench_host; session = bench_host.main(['--dry-run']); print(session.path)"
+    command = [sys.executable, "-c", f"{code}; raise SystemExit(session.finish())"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.ROOT)
+    assert run.returncode == 0, run.stderr
+    written = rows.read(pathlib.Path(run.stdout.strip()).parent)
+    assert [row["mode"] for row in written] == ["accumulate_grad_", "loss", "gradient"]
+    assert all(0 < float(row["p50_ms"]) for row in written)
 
 
 def check_profile(written):

@@ -1,0 +1,67 @@
+"""What the penalty of a whole network costs the host: the time until a planned call returns.
+
+On a GPU the device's work is not awaited. Without one, Triton's own launchers run on tensors of the CPU with a driver
+that launches nothing (tools/null_driver.py): everything but the driver's own time, and the system's memory in the place
+of PyTorch's caching allocator.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from isonet_fast import OrthoRegularizer
+from isonet_fast.ops import orthogonality
+
+from . import ROOT, providers
+from .harness import Contender, Problem, Session, parser
+
+NETWORKS = ("isonet101", "isonet50", "isonet34", "isonet18")
+
+
+def without_gpu() -> None:
+    """Have the Triton kernels serve tensors of the CPU, by a driver that launches nothing."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import null_driver
+
+    null_driver.activate()
+    torch.set_num_threads(1)
+    orthogonality.serves = lambda weights: True
+
+
+def compare(session: Session, network: str) -> None:
+    model = providers.build(network).to(session.device)
+    regularizer = OrthoRegularizer(model, 1e-4)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    total = regularizer()
+    weights = regularizer._gather()[0]
+
+    def gradient() -> None:
+        torch.autograd.grad(total, weights, retain_graph=True)
+
+    calls = {"accumulate_grad_": regularizer.accumulate_grad_, "loss": regularizer, "gradient": gradient}
+    for mode, call in calls.items():
+        problem = Problem("orthogonality_host", mode, f"{network}, {len(weights)} layers", "float32")
+        session.compare(problem, [Contender("isonet_fast", call)], how="host")
+    session.clock.release()
+
+
+def main(arguments: Sequence[str] | None = None) -> Session:
+    session = Session("host", parser(__doc__).parse_args(arguments))
+    if session.device.type == "cpu":
+        if importlib.util.find_spec("triton") is None:
+            session.say("left out: Triton is not installed")
+            return session
+        without_gpu()
+    for network in ["cifar8"] if session.dry else NETWORKS[: 1 if session.quick else None]:
+        if not session.late(network):
+            compare(session, network)
+    return session
+
+
+if __name__ == "__main__":
+    sys.exit(main().finish())

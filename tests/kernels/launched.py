@@ -1,0 +1,50 @@
+"""Launch every kernel through Triton's own launchers and the null driver: `python launched.py 90` prints as JSON what
+each call launched, and the kernels, by the hash of what was compiled. A process of its own (see tools/null_driver.py).
+"""
+
+import json
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
+
+import null_driver
+
+from isonet_fast.geometry import Layer, shard
+from isonet_fast.kernels import orthogonality
+
+SHAPES = [(256, 128, 1, 1), (64, 64, 3, 3), (24, 1, 3, 3)]  # large tiles, small tiles, a depthwise convolution
+
+
+def main(arch: int) -> None:
+    driver = null_driver.activate(arch)
+    variant = "pointer" if arch == 80 else "tma"
+    orthogonality.variant = lambda device, precision: precision or variant
+    layers = tuple(Layer(s, (1, 1), (1, 1), 24 if s[1] == 1 else 1, "isonet") for s in SHAPES)
+    weights = [torch.zeros(s) for s in SHAPES]
+    launches = {}
+    for precision in (None, "highest"):
+        arguments = layers, (1.0,) * len(layers), precision, shard(layers, 0, 1)
+        saved = orthogonality.forward(weights, *arguments, True)[2]
+        calls = {
+            "loss": lambda a=arguments: orthogonality.forward(weights, *a, False),
+            "loss, saved": lambda a=arguments: orthogonality.forward(weights, *a, True),
+            "gradient": lambda a=arguments, s=saved: orthogonality.backward(torch.ones(()), s, weights, *a),
+            "gradient of an element": lambda a=arguments, s=saved: orthogonality.backward(
+                torch.ones(5)[3], s, weights, *a
+            ),
+            "accumulate": lambda a=arguments: orthogonality.accumulate_grad_(weights, weights, *a, 1),
+        }
+        for name, call in calls.items():
+            for time in ("first", "again"):
+                before = driver.launches, driver.tensor_maps
+                call()
+                launches[f"{name}, {precision}, {time}"] = driver.launches - before[0], driver.tensor_maps - before[1]
+    compiled = [c for tables in orthogonality._tables.values() for c, _ in tables.launches._compiled.values()]
+    print(json.dumps({"launches": launches, "kernels": {c.hash: c.name for c in compiled}}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
