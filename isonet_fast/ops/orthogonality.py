@@ -96,6 +96,7 @@ class Problem:
 
 @functools.lru_cache(maxsize=64)
 def _read(text: str, shapes: tuple[tuple[int, ...], ...]) -> Problem:
+    """The problem of this `Problem.text`, for weights of these shapes."""
     (precision, *part), *lines = (line.split(" ") for line in text.split("\n"))
     layers, coefficients = [], []
     for shape, (*steps, groups, penalty, coefficient) in zip(shapes, lines, strict=True):
@@ -239,8 +240,9 @@ class OrthogonalityLoss(torch.autograd.Function):
 def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
     save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    if len(problem.parts) == 1:
-        return OrthogonalityLoss.apply(problem.text, save, *weights)
+    (_, first), *more = problem.parts
+    if not more:
+        return OrthogonalityLoss.apply(first.text, save, *weights)
     parts = [(part.text, [weights[n] for n in members]) for members, part in problem.parts]
     return _joined(problem, [OrthogonalityLoss.apply(text, save, *ws) for text, ws in parts])
 
@@ -251,8 +253,9 @@ def accumulate_grad_(
 ) -> tuple[Tensor, Tensor]:
     """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
     torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
-    if len(problem.parts) == 1:
-        return _accumulate_grad_(weights, grads, problem, scale)
+    (_, first), *more = problem.parts
+    if not more:
+        return _accumulate_grad_(weights, grads, first, scale)
     return _joined(
         problem,
         [

@@ -312,6 +312,19 @@ def test_tall_lorth_layers_take_float32(device):
         torch.testing.assert_close(grad, same, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stride, precision", [(1, None), (2, "highest")])
+def test_a_list_of_one_kind_is_one_call_in_its_precision(stride, precision, device, monkeypatch):
+    weights = [torch.randn(64, 3, 3, 3, device=device) for _ in range(2)]
+    problem = problem_of(weights, "lorth", stride=stride)
+    seen = []
+    read, add = orthogonality._read, orthogonality._accumulate_grad_
+    monkeypatch.setattr(orthogonality, "_read", lambda *args: seen.append(read(*args)) or seen[-1])
+    monkeypatch.setattr(orthogonality, "_accumulate_grad_", lambda *args: seen.append(args[2]) or add(*args))
+    orthogonality.loss(weights, problem)
+    orthogonality.accumulate_grad_(weights, [torch.zeros_like(w) for w in weights], problem, 1.0)
+    assert [(part.precision, len(part.layers)) for part in seen] == [(precision, 2)] * 2
+
+
 def test_errors_name_the_argument(device):
     weight = torch.randn(4, 4, 3, 3, device=device)
     loss = functional.orthogonality_loss
