@@ -137,8 +137,13 @@ void check_launch(cudaError_t error) {
 }
 
 Tensor workspace(const Tensor& x, int64_t bytes) {
-  const std::vector<int64_t> size{bytes};
-  return torch::stable::new_empty(x, size, ScalarType::Byte);
+  int32_t device_type;
+  const int64_t step = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &step, aoti_torch_dtype_uint8(), device_type,
+                                                  x.get_device_index(), &handle));
+  return Tensor(handle);
 }
 #endif
 

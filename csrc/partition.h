@@ -57,7 +57,7 @@ struct Partition {
   int64_t vectors;      // whole vectors in the tensor
   int tail;             // elements after them, and where the vector holding them would be
   int64_t tail_row, tail_column;
-  Divide by_plane, by_inner, by_channels, by_tiles;
+  Divide by_plane, by_inner, by_channels, by_tiles, by_splits;
 
   ISONET_FAST_BOTH int64_t blocks() const { return splits * tiles; }
   // One thread per value that a block of finish_kernel adds, in whole warps.
@@ -127,6 +127,7 @@ inline Partition make_partition(const Extent& extent, int vector, bool sums) {
   p.by_inner = Divide(p.inner);
   p.by_channels = Divide(p.channels);
   p.by_tiles = Divide(p.tiles);
+  p.by_splits = Divide(p.splits);
   return p;
 }
 

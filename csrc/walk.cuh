@@ -19,6 +19,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "partition.h"
 
 // tests/emulator/ compiles this file with g++ and defines these three itself.
@@ -62,10 +65,25 @@ struct alignas(sizeof(T) * V) Vector {
   T element[V];
 };
 
+// A vector as it is loaded: kept whole until its elements are used (a half word costs a register).
 template <typename T, int V>
-__device__ __forceinline__ Vector<T, V> load(const T* address) {
+struct Loaded {
+  static constexpr size_t kBytes = sizeof(T) * V;
+  using Small = std::conditional_t<kBytes == 4, uint32_t, uint16_t>;
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, Small>>;
+  static_assert(sizeof(Word) == kBytes);
+  Word word;
+  __device__ __forceinline__ Vector<T, V> elements() const {
+    Vector<T, V> vector;
+    memcpy(&vector, &word, sizeof(vector));
+    return vector;
+  }
+};
+
+template <typename T, int V>
+__device__ __forceinline__ Loaded<T, V> load(const T* address) {
   ISONET_FAST_COUNT(read, sizeof(T) * V);
-  return *reinterpret_cast<const Vector<T, V>*>(address);
+  return {*reinterpret_cast<const typename Loaded<T, V>::Word*>(address)};
 }
 
 template <typename T, int V>
@@ -121,14 +139,14 @@ struct Registers {
 // Apply the formula to N consecutive elements at `at`.
 template <class Formula, typename T, int V, int N>
 __device__ __forceinline__ void apply(const Operands<T>& operands, int64_t at,
-                                      const Vector<T, N> (&in)[Formula::kReads], Registers<T, V>& r, int first = 0) {
+                                      const Loaded<T, N> (&in)[Formula::kReads], Registers<T, V>& r, int first = 0) {
   using A = typename Element<T>::Sum;
   Vector<T, N> out[Formula::kWrites];
 #pragma unroll
   for (int v = 0; v < N; ++v) {
     A values[Formula::kReads], results[Formula::kWrites];
 #pragma unroll
-    for (int k = 0; k < Formula::kReads; ++k) values[k] = static_cast<A>(in[k].element[v]);
+    for (int k = 0; k < Formula::kReads; ++k) values[k] = static_cast<A>(in[k].elements().element[v]);
     Formula::apply(values, r.b[first + v], r.scale, results, r.grad_bias[first + v], r.grad_scale);
 #pragma unroll
     for (int k = 0; k < Formula::kWrites; ++k) out[k].element[v] = static_cast<T>(results[k]);
@@ -157,9 +175,9 @@ __device__ __forceinline__ void write_partial(A* address, A value) {
   *address = value;
 }
 
-// Vectors per tensor that a thread asks for at once. 4 to 6 loads of 16 bytes in flight in a thousand threads are
-// 64 to 96 KB per multiprocessor; an H200 needs about 30 KB to cover its latency (4.8 TB/s x 0.8 us / 132). With
-// twice as many, registers halve the threads, and some kernels spill.
+// Vectors per tensor that a thread asks for at once. 4 to 6 loads of 16 bytes in flight in 768 threads or more are 64 KB
+// per multiprocessor or more; an H200 needs about 30 KB to cover its latency (4.8 TB/s x 0.8 us / 132). With twice as
+// many, registers halve the threads, and some kernels spill.
 template <class Formula>
 constexpr int kRounds = Formula::kReads == 1 ? 4 : 2;
 
@@ -178,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int v = 1; v < V; ++v) r.b[v] = r.b[0];
 
   for (int64_t first = begin + threadIdx.x; first < end; first += U * kThreads) {
-    Vector<T, V> in[U][Formula::kReads];
+    Loaded<T, V> in[U][Formula::kReads];
     int64_t at[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -231,19 +249,21 @@ __global__ void __launch_bounds__(kThreads)
         if (++channel == p.channels) channel = 0;
       }
     }
-    for (int64_t first = begin + y; first < end; first += U * p.tile_rows) {
-      Vector<T, V> in[U][Formula::kReads];
+    const int64_t whole = p.tail_row + (column < p.tail_column);  // rows in which this column holds a whole vector
+    const int64_t stop = end < whole ? end : whole;
+    for (int64_t first = begin + y; first < stop; first += U * p.tile_rows) {
+      Loaded<T, V> in[U][Formula::kReads];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int64_t row = first + u * p.tile_rows, i = row * p.columns + column;
 #pragma unroll
         for (int k = 0; k < Formula::kReads; ++k)
-          if (row < end && i < p.vectors) in[u][k] = load<T, V>(operands.in[k] + i * V);
+          if (row < stop) in[u][k] = load<T, V>(operands.in[k] + i * V);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int64_t row = first + u * p.tile_rows, i = row * p.columns + column;
-        if (row < end && i < p.vectors) apply<Formula>(operands, i * V, in[u], r);
+        if (row < stop) apply<Formula>(operands, i * V, in[u], r);
       }
     }
     // The elements after the last whole vector, one by one, by the thread to which that vector would belong.
@@ -252,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (v < p.tail) {
-          Vector<T, 1> in[Formula::kReads];
+          Loaded<T, 1> in[Formula::kReads];
 #pragma unroll
           for (int k = 0; k < Formula::kReads; ++k) in[k] = load<T, 1>(operands.in[k] + p.vectors * V + v);
           apply<Formula>(operands, p.vectors * V + v, in, r, v);
@@ -271,17 +291,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int v = 0; v < V; ++v) sums[y * width + x * V + v] = r.grad_bias[v];
     }
     __syncthreads();
-    A* const row = partials.bias + blockIdx.x * static_cast<int64_t>(p.slots);
-    for (int c = threadIdx.x; c < width; c += blockDim.x) {
-      A total = sums[c];
-      for (int k = 1; k < p.tile_rows; ++k) total += sums[k * width + c];
-      if (p.inner == 1)
-        write_partial(row + c, total);
-      else
-        sums[c] = total;
-    }
-    if (p.inner != 1) {
+    for (int rows = p.tile_rows; rows > 1;) {  // by halves: pairwise sums are accurate, and every thread works
+      const int kept = (rows + 1) / 2;
+      for (int i = threadIdx.x; i < (rows - kept) * width; i += blockDim.x) sums[i] += sums[kept * width + i];
+      rows = kept;
       __syncthreads();
+    }
+    A* const row = partials.bias + blockIdx.x * static_cast<int64_t>(p.slots);
+    if (p.inner == 1) {
+      for (int c = threadIdx.x; c < width; c += blockDim.x) write_partial(row + c, sums[c]);
+    } else {
       const int lane = threadIdx.x % 32;
       for (int slot = threadIdx.x / 32; slot < p.slots; slot += blockDim.x / 32) {
         const int64_t start = (first_channel + slot) * p.inner - tile * width;  // may lie before or after the tile
@@ -316,6 +335,21 @@ __device__ __forceinline__ void write_gradient(const Gradient& gradient, int64_t
   }
 }
 
+// This thread's share of n partial sums, four loads at a time.
+template <typename A, class At>
+__device__ __forceinline__ A strided_sum(int64_t n, At at) {
+  A sums[4] = {};
+  for (int64_t i = threadIdx.x; i < n; i += 4 * blockDim.x) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (i + u * blockDim.x < n) {
+        ISONET_FAST_COUNT(partials_read, sizeof(A));
+        sums[u] += *at(i + u * blockDim.x);
+      }
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // One block per channel adds that channel's partial sums and rounds once; one more block does so for the scale.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
@@ -329,18 +363,13 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t start = (k * p.channels + channel) * p.inner;
       const int64_t first = start / width, last = (start + p.inner - 1) / width;
       const int64_t stop = last < p.tiles ? last : p.tiles - 1, tiles = stop - first + 1;
-      for (int64_t i = threadIdx.x; i < tiles * p.splits; i += blockDim.x) {
-        const int64_t split = i / tiles, tile = first + (i - split * tiles);
-        const int64_t slot = k * p.channels + channel - p.by_inner(tile * width);
-        ISONET_FAST_COUNT(partials_read, sizeof(A));
-        sum += partials.bias[(split * p.tiles + tile) * p.slots + slot];
-      }
+      sum += strided_sum<A>(tiles * p.splits, [&](int64_t i) {
+        const int64_t place = p.by_splits(i), split = i - place * p.splits, tile = first + place;
+        return partials.bias + (split * p.tiles + tile) * p.slots + k * p.channels + channel - p.by_inner(tile * width);
+      });
     }
   } else {
-    for (int64_t i = threadIdx.x; i < p.blocks(); i += blockDim.x) {
-      ISONET_FAST_COUNT(partials_read, sizeof(A));
-      sum += partials.scale[i];
-    }
+    sum = strided_sum<A>(p.blocks(), [&](int64_t i) { return partials.scale + i; });
   }
   sum = block_sum(sum, shared);
   if (threadIdx.x == 0) {

@@ -20,8 +20,8 @@ BUGS = {
     ),
     "off_by_one": (
         "walk.cuh",
-        "if (row < end && i < p.vectors) in[u][k] =",
-        'if (row < end && i < p.vectors + planted("off_by_one")) in[u][k] =',
+        "if (row < stop) in[u][k] =",
+        'if (row < stop + planted("off_by_one")) in[u][k] =',
     ),
     "divergent_barrier": (
         "walk.cuh",
