@@ -28,12 +28,12 @@ def _finish_kernel(
         exists = layer < layers
         first = tl.load(ranges + layer * 2, exists, other=0)
         count = tl.load(ranges + layer * 2 + 1, exists, other=0)
-        penalty = tl.zeros((LAYERS,), tl.float64)
+        sums = tl.zeros((LAYERS, PARTIALS), tl.float64)  # reduced once: a reduction in the loop costs its latency
         for at in range(0, longest, PARTIALS):
             index = at + tl.arange(0, PARTIALS)
             pointer = partials + first[:, None] + index[None, :]
-            penalty += tl.sum(tl.load(pointer, index[None, :] < count[:, None], other=0.0).to(tl.float64), 1)
-        penalty -= tl.load(constants + layer, exists, other=0.0)
+            sums += tl.load(pointer, index[None, :] < count[:, None], other=0.0).to(tl.float64)
+        penalty = tl.sum(sums, 1) - tl.load(constants + layer, exists, other=0.0)
         tl.store(losses + layer, penalty.to(tl.float32), exists)
         total += penalty * tl.load(coefficients + layer, exists, other=0.0)
     tl.store(loss, tl.sum(total, 0).to(tl.float32))

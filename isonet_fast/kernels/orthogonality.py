@@ -25,7 +25,7 @@ from .grad import _grad_kernel
 from .gram import _gram_kernel
 from .pack import _pack_kernel
 from .plan import Plan
-from .tables import Flat, Tables
+from .tables import Flat, Tables, lay_out
 
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -107,9 +107,15 @@ def backward(
 ) -> list[Tensor]:
     """grad_output * dloss/dW of every weight, in its dtype and strides: views of one buffer."""
     tables = _prepare(weights, layers, precision, offsets)
-    layout = tables.flat(weights)
     with _on(tables.device) as stream:
-        return layout.typed_views(_grad_to_flat(tables, layout, saved, coefficients, grad_output, stream))
+        layout, flat = _grad_to_flat(tables, weights, saved, coefficients, grad_output, stream)
+    return layout.typed_views(flat)
+
+
+def grads_like(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Empty tensors of the gradients' shapes and strides, views of one buffer as they are."""
+    layout = lay_out(weights)
+    return layout.typed_views(weights[0].new_empty(layout.size, dtype=torch.float32))
 
 
 def accumulate_grad_(
@@ -128,9 +134,8 @@ def accumulate_grad_(
         if [g.dtype for g in grads].count(torch.float32) == len(grads):
             _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=float(scale))
         else:  # half precision: formed in float32, added with one rounding
-            layout = tables.flat(weights)
             factor = torch.full((), scale, device=tables.device)
-            flat = _grad_to_flat(tables, layout, saved, coefficients, factor, stream)
+            layout, flat = _grad_to_flat(tables, weights, saved, coefficients, factor, stream)
             for grad, addend in zip(grads, layout.views(flat), strict=True):
                 grad.add_(addend)
     return loss, losses
@@ -177,11 +182,13 @@ def _forward(
 
 
 def _grad_to_flat(
-    tables: Tables, layout: Flat, saved: Sequence[Tensor], coefficients: tuple[float, ...], factor: Tensor, stream: Any
-) -> Tensor:
+    tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], coefficients: tuple[float, ...],
+    factor: Tensor, stream: Any,
+) -> tuple[Flat, Tensor]:  # fmt: skip
+    layout, view = tables.flat(weights)
     flat = torch.empty(layout.size, device=tables.device)
-    _grad(tables, saved, layout.table.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
-    return flat
+    _grad(tables, saved, view.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
+    return layout, flat
 
 
 def _grad(

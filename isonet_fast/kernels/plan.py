@@ -107,19 +107,35 @@ class Packed:
 def _lay_out(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]], precision: str | None) -> list[Packed]:
     packed: list[Packed] = []
     plane = residual = 0
+    narrow = precision is None and _narrow_pays(layers, offsets)
     for layer, ts in zip(layers, offsets, strict=True):
         if math.prod(layer.shape) >= 2**31:
             raise ValueError(f"a weight of shape {layer.shape} has more elements than 32-bit offsets can name")
         one = Packed(layer, tuple(ts), False, plane, residual)
-        # 64-row tiles read twice as many bytes per multiply-add; 1.5 is their price in the L2-bound regime
-        wide = _pad(one.rows, 128) ** 2 <= 1.5 * _pad(one.rows, 64) ** 2 and precision is None
-        one = Packed(layer, tuple(ts), wide, plane, residual)
+        if precision is None and (not narrow or _suits_wide(one)):
+            one = Packed(layer, tuple(ts), True, plane, residual)
         packed.append(one)
         plane += one.plane_rows
         residual += one.residual_rows
     if max(plane, residual) >= 2**31:
         raise ValueError(f"the packed weights have {plane:,} rows of {PANEL}, more than 32-bit coordinates can name")
     return packed
+
+
+def _suits_wide(p: Packed) -> bool:
+    """Whether tiles of 128 rows serve this layer better than 64: those read twice as many bytes per multiply-add, 1.5
+    times their price where the L2 cache is the limit."""
+    return _pad(p.rows, 128) ** 2 <= 1.5 * _pad(p.rows, 64) ** 2
+
+
+def _narrow_pays(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]]) -> bool:
+    """Whether tiles of 64 rows are worth a launch of their own, at whose end most of the GPU has nothing to do."""
+    work = {True: 0, False: 0}  # as wide tiles would do it
+    for layer, ts in zip(layers, offsets, strict=True):
+        p = Packed(layer, tuple(ts), False, 0, 0)
+        tiles = p.blocks * _ceil(p.rows, 128) ** 2
+        work[_suits_wide(p)] += tiles * _pad(p.columns, 64) * sum(layer.overlap(t) for t in ts)
+    return work[False] > 0.05 * work[True]
 
 
 def shapes(

@@ -85,7 +85,6 @@ class Flat(NamedTuple):
     size: int
     places: list[Place]
     regions: list[tuple[torch.dtype, int, int]]
-    table: Table
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Every gradient in the float32 buffer."""
@@ -97,6 +96,22 @@ class Flat(NamedTuple):
             return self.views(flat)
         typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in self.regions}}
         return [typed[dtype].as_strided(shape, strides, at) for dtype, shape, strides, _, at in self.places]
+
+
+def lay_out(weights: Sequence[Tensor]) -> Flat:
+    """Where the gradients of these weights lie in one float32 buffer, every dtype's together."""
+    places: dict[int, Place] = {}
+    regions, at = [], 0
+    for dtype in DTYPES:
+        start = at
+        for n, weight in enumerate(weights):
+            if weight.dtype == dtype:
+                strides = torch.empty_like(weight, device="meta").stride()
+                places[n] = Place(dtype, tuple(weight.shape), strides, at, at - start)
+                at += -(-weight.numel() // 64) * 64  # whole cache lines: 16-byte stores
+        if dtype != torch.float32 and at > start:
+            regions.append((dtype, start, at))
+    return Flat(at, [places[n] for n in range(len(weights))], regions)
 
 
 class Tables:
@@ -114,7 +129,7 @@ class Tables:
         self._static = _static_columns(plan)
         self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}
-        self._flat: tuple[tuple, Flat] | None = None
+        self._flat: tuple[tuple, Flat, Table] | None = None
 
     def coefficients(self, values: tuple[float, ...]) -> Table:
         if self._coefficients is None or self._coefficients[0] != values:
@@ -130,42 +145,30 @@ class Tables:
             if known.addresses == addresses:
                 return known.table.on(stream)
             if capturing(self.device):
-                return self._moved(known, addresses, stream)
+                return self._moved(role, known, addresses, stream)
         table = Table(self._rows(addresses, strides, dtypes, role == "read"), self.device)
         self._views[role] = View(addresses, strides, dtypes, table)
         return table.on(stream)
 
-    def _moved(self, known: View, addresses: list[int], stream: torch.cuda.Stream | None) -> Tensor:
+    def _moved(self, role: str, known: View, addresses: list[int], stream: torch.cuda.Stream | None) -> Tensor:
         """A known view of other addresses, without the host's memory: a graph that is captured allocates gradients of
         its own. The addresses become arguments of a few kernels in the graph."""
-        if any(a % 16 for a in addresses):
+        if role == "add" and any(a % 16 for a in addresses):
             raise RuntimeError("gradients that are not aligned to 16 bytes can't be captured by a CUDA graph")
         table = known.table.on(stream).clone()
         column = table[:, 0].zero_()
         torch._foreach_add_(list(column.unbind()), addresses)
         return table
 
-    def flat(self, weights: Sequence[Tensor]) -> Flat:
-        """Where the gradients lie in one float32 buffer, every dtype's together."""
+    def flat(self, weights: Sequence[Tensor]) -> tuple[Flat, Table]:
+        """The layout of the gradients' buffer, and the view of it: addresses relative to its start."""
         key = [w.stride() for w in weights], [w.dtype for w in weights]
         if self._flat is None or self._flat[0] != key:
-            places: list[Place | None] = [None] * len(weights)
-            regions, at = [], 0
-            for dtype in DTYPES:
-                start = at
-                for n, weight in enumerate(weights):
-                    if weight.dtype == dtype:
-                        strides = torch.empty_like(weight, device="meta").stride()
-                        places[n] = Place(dtype, tuple(weight.shape), strides, at, at - start)
-                        at += -(-weight.numel() // 64) * 64  # whole cache lines: 16-byte stores
-                if dtype != torch.float32 and at > start:
-                    regions.append((dtype, start, at))
-            found = [place for place in places if place is not None]
-            rows = self._rows(
-                [p.at * 4 for p in found], [p.strides for p in found], [torch.float32] * len(found), False
-            )
-            self._flat = key, Flat(at, found, regions, Table(rows, self.device))
-        return self._flat[1]
+            flat = lay_out(weights)
+            addresses, strides = [p.at * 4 for p in flat.places], [p.strides for p in flat.places]
+            rows = self._rows(addresses, strides, [torch.float32] * len(weights), False)
+            self._flat = key, flat, Table(rows, self.device)
+        return self._flat[1:]
 
     def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
         """One row of 20 per tensor; see layout.py."""

@@ -12,23 +12,33 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
-def test_kernels_in_the_interpreter():
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+
+def run(*arguments):
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-W", "ignore", "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short"]
-    run = subprocess.run(
-        [*command, "-rs", str(HERE / "test_triton_orthogonality.py"), str(HERE / "test_triton_cuda.py")],
-        env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    skipped = [line for line in run.stdout.splitlines() if line.startswith("SKIPPED")]
+    command += ["-rs", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     allowed = ("the default of the interpreter", "no GPU")
-    assert all(line.endswith(allowed) for line in skipped) and " passed" in run.stdout, run.stdout
+    assert all(line.endswith(allowed) for line in skipped) and " passed" in done.stdout, done.stdout
+
+
+def test_kernels_in_the_interpreter():
+    run(HERE / "test_triton_orthogonality.py", HERE / "test_triton_cuda.py")
+
+
+def test_ops_in_the_interpreter():
+    """The tests of the ops, with the kernels behind them as on a GPU."""
+    several = "not test_against_the_reference"  # one layer at a time is test_triton_orthogonality's part
+    run("-p", "serve_interpreted", "-k", several, HERE.parent / "ops" / "test_orthogonality.py")

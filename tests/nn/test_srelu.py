@@ -110,6 +110,7 @@ def test_srelu_is_the_reference_at_any_rank(shape, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 def test_srelu_in_place_behind_a_convolution(dtype, device):
     """Same output and gradients, written over the convolution's output."""
     conv = nn.Conv2d(3, 5, 3, dtype=dtype, device=device)

@@ -45,10 +45,14 @@ def weights_like(shape, kind, device, dtype):
 
 
 def tolerance(device, dtype):
-    """The row of DESIGN 2.4 that serves: bf16x3 gram and bf16 gradient on the GPU, float32 or float64 elsewhere."""
+    """The row of DESIGN 2.4 that serves: bf16x3 gram and bf16 gradient by Triton, float32 or float64 elsewhere."""
     if dtype == torch.float64:
         return 1e-12, 1e-12
-    return (1e-4, 1e-2) if device.type == "cuda" else (1e-5, 1e-3)
+    return (1e-4, 1e-2) if served_by_triton(device) else (1e-5, 1e-3)
+
+
+def served_by_triton(device):
+    return orthogonality.serves([torch.empty(1, 1, device=device)])
 
 
 def relative(actual, expected):
@@ -183,7 +187,9 @@ def test_gradcheck(device):
 
 
 def test_opcheck(device):
-    weights = [torch.randn(4, 4, 3, 3, device=device), torch.randn(4, 6, device=device)]
+    # Triton's panels must be full: what pads them is never written, and opcheck compares everything
+    shapes = [(128, 256, 1, 1), (256, 128)] if served_by_triton(device) else [(4, 4, 3, 3), (4, 6)]
+    weights = [torch.randn(shape, device=device) for shape in shapes]
     problem = problem_of(weights, "isonet", coefficients=[0.5, 2.0])
     opcheck(ops.orthogonality_loss.default, (weights, problem.text, True))
     loss, _, saved = ops.orthogonality_loss(weights, problem.text, True)
