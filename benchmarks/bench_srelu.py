@@ -198,13 +198,16 @@ def run_case(session: Session, case: Case, compile: bool = False) -> None:
 def main(arguments: Sequence[str] | None = None) -> Session:
     session = Session("srelu", parser(__doc__).parse_args(arguments))
     found = cases(session)
-    for case in found:
+    heads = [case for case in found if case.head and usual(session, case)]  # what has targets
+    for case in heads:
         if not session.late(str(case)):
             run_case(session, case)
-    for case in found:  # last: compilation takes its time
-        if session.dry or not session.quick or (case.head and usual(session, case)):
-            if not session.late(f"{case} compiled", needed=10.0):
-                run_case(session, case, compile=True)
+    for case in found if session.dry or not session.quick else heads:
+        if not session.late(f"{case} compiled", needed=10.0):
+            run_case(session, case, compile=True)
+    for case in found:
+        if case not in heads and not session.late(str(case)):
+            run_case(session, case)
     return session
 
 

@@ -57,18 +57,20 @@ def step_table(rows: list[Row]) -> str:
 def penalty_table(rows: list[Row]) -> str:
     """Penalty and gradient of whole networks; on a GPU replayed as a CUDA graph."""
     body = []
+    shown = [c for c in cases(rows, op="orthogonality") if c["mode"] in ("loss+gradient graph", "loss+gradient")]
     for network in ("cifar32", *NETWORKS):
-        for mode in ("loss+gradient graph", "loss+gradient"):
-            side = group(rows, ("official", "isonet_fast", "matmul"), op="orthogonality", mode=mode, case=network)
+        for problem in (c for c in shown if c["case"] == network):
+            side = group(rows, ("official", "isonet_fast", "matmul"), **problem)
             if not side:
                 continue
-            side = {**group(rows, ("compile",), op="orthogonality", mode=mode, case=network), **side}
+            side = {**group(rows, ("compile",), **problem), **side}
             ours, official = side["isonet_fast"], side["official"]
             times = [
                 f"{ms(side[p]):.4g}" if p in side else "" for p in ("official", "compile", "isonet_fast", "matmul")
             ]
             share = f"{float(ours['fraction_of_limit']):.0%}"
-            name = network if mode == "loss+gradient" else f"{network}, graph"
+            graph = "graph" if problem["mode"].endswith("graph") else ""
+            name = ", ".join(filter(None, (network, problem["layout"], graph)))
             body.append([name, *times, f"{ms(official) / ms(ours):.3g}x", share])
     head = ["penalty + gradient, ms", "official", "compiled", "ours", "one product of these FLOPs"]
     return markdown([*head, "official / ours", "share of the matrix rate"], body)

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_srelu, providers, rows, run_all, step
+from benchmarks import bench_orthogonality, bench_srelu, clocks, providers, rows, run_all, step
+from benchmarks.harness import Session, parser
 from isonet_fast.models.official import bare, official, official_penalty
 from isonet_fast.nn import SReLU
 
@@ -119,6 +120,22 @@ def test_a_part_that_fails_or_overruns_is_reported(monkeypatch, tmp_path):
     run_all.run(run_all.Part("fine", 9, plain=True), ["--quick"], 100)
     log = (tmp_path / "log").read_text().splitlines()
     assert log[-2:] == ["-m benchmarks.fine --quick --profile --budget 9", "-m benchmarks.fine"]
+
+
+def test_warming_a_graph_up_does_not_count_as_a_wrong_gradient(monkeypatch):
+    """A capture makes calls of its own, each of which adds to the gradients."""
+    monkeypatch.setattr(clocks.Clock, "graph", lambda self, call: [call() for _ in range(3)] and call)
+    session = Session("orthogonality", parser("").parse_args(["--dry-run"]))
+    bench_orthogonality.Case(session, "cifar8", providers.build("cifar8")).compare("loss+gradient graph")
+    assert "isonet_fast" in {row["provider"] for row in rows.read(session.path.parent)}
+    assert session.failures == 0
+
+
+@pytest.mark.parametrize("seconds", [380, 560, 100])
+def test_parts_are_scaled_to_a_total(seconds):
+    parts = run_all.scaled(run_all.PARTS["cuda"], seconds)
+    assert [part.seconds for part in parts if part.plain] == [40]
+    assert sum(part.seconds + run_all.GRACE for part in parts) == pytest.approx(max(seconds, 112))
 
 
 @pytest.mark.parametrize(("machine", "minutes"), [("cpu", 10), ("cuda", 7)])
