@@ -40,9 +40,10 @@ wheel: $(READY)  ## dist/*.whl
 
 # A GPU machine may be offline and its torch is not ours to replace: nothing is downloaded, and a failing part does
 # not keep the next from running (make test-gpu bench-gpu).
+DEMAND := ISONET_FAST_KERNELS=1 ISONET_FAST_CUDA=1
 install-gpu:
-	ISONET_FAST_CUDA=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . \
-	  || ISONET_FAST_CUDA=1 $(PYTHON) setup.py build_ext --inplace \
+	$(DEMAND) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . \
+	  || $(DEMAND) $(PYTHON) setup.py build_ext --inplace \
 	  || echo "NO CUDA KERNELS, see above: PyTorch serves SReLU"
 
 test-gpu: install-gpu  ## the op, layer and kernel tests on the GPU, at most 160 seconds

@@ -46,7 +46,8 @@ def compiled(function: Callable, dry: bool, mode: str | None = None) -> Callable
 def copy_bound(bytes: float, device: torch.device, calls: int = 1) -> Contender:
     """copy_ that reads and writes `bytes` altogether, through as many buffers as the providers rotate."""
     half = max(1, int(bytes) // 2)
-    pairs = [[torch.zeros(half, dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(calls)]
+    # random: zeros can be faster to move
+    pairs = [[torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(calls)]
 
     def run() -> None:
         for source, target in pairs:

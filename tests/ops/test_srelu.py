@@ -111,6 +111,13 @@ def test_gradcheck(inplace, device):
     assert torch.autograd.gradgradcheck(f, (x, bias), fast_mode=True)
 
 
+def test_a_gpu_is_served_by_its_kernels(device):
+    """Else everything here would test PyTorch, and pass."""
+    if device.type != "cuda":
+        pytest.skip("no GPU")
+    assert _library.compiled_for("cuda"), _library.why_not_compiled or "built without CUDA kernels"
+
+
 def test_opcheck(device):
     x = torch.randn(2, 3, 4, 5, device=device)
     bias = torch.randn(3, device=device)
