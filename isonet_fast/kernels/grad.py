@@ -13,7 +13,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import side, tap_offset
+from .layout import (
+    VIEW_ADDRESS,
+    VIEW_COLUMN_STRIDE,
+    VIEW_COLUMNS,
+    VIEW_GROUP_STRIDE,
+    VIEW_GROUPS,
+    VIEW_MERGED,
+    VIEW_PATH,
+    VIEW_ROW_STRIDE,
+    VIEW_ROWS,
+    VIEW_TAPS_IN_COLUMNS,
+    VIEW_TAPS_IN_ROWS,
+    VIEW_WIDTH,
+    side,
+    tap_offset,
+)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it can be any element of a tensor
@@ -24,7 +39,7 @@ def _grad_kernel(
     out,  # float32: what the views' addresses are relative to, unless they are added to
     tiles,  # int32 (tiles, 16), see Plan._grad_rows
     runs,  # int32 (runs, 12), see plan._append_runs
-    views,  # int64 (layers, 20), see layout.py
+    views,  # int64 (layers, VIEW_WIDTH), see layout.py
     coefficients,  # float64 (layers,)
     grad_output,  # one float32
     scale,
@@ -108,24 +123,29 @@ def _grad_kernel(
         factor *= tl.load(grad_output)
     acc *= factor.to(tl.float32)
 
-    view = views + layer * 20
-    address = tl.load(view)
+    view = views + layer * VIEW_WIDTH
+    address = tl.load(view + VIEW_ADDRESS)
     if not ACCUMULATE:
         address += out.to(tl.int64)
     block = tl.load(tile + 1)
     row = tl.load(tile + 2)
     column = tl.load(tile + 3)
     start = tap_offset(tl.load(tile + 4), view).to(tl.int64)
-    path = tl.load(view + 8)
-    if (row + ROWS > tl.load(view + 9)) | (column + COLUMNS > tl.load(view + 10)):
-        path = path * 0  # the tile sticks out
-    start += tl.where(path == 0, 0, block * tl.load(view + 1) + row * tl.load(view + 2) + column * tl.load(view + 3))
+    sticks_out = (row + ROWS > tl.load(view + VIEW_ROWS)) | (column + COLUMNS > tl.load(view + VIEW_COLUMNS))
+    path = tl.where(sticks_out, 0, tl.load(view + VIEW_PATH))
+    start += tl.where(
+        path == 0,
+        0,
+        block * tl.load(view + VIEW_GROUP_STRIDE)
+        + row * tl.load(view + VIEW_ROW_STRIDE)
+        + column * tl.load(view + VIEW_COLUMN_STRIDE),
+    )
     if last_run > first_run or not ACCUMULATE:  # a layer of another rank has nothing to add
         at = tl.multiple_of(address.to(tl.pointer_type(tl.float32)) + start, 16)  # only where path is not 0
         if path == 1:
-            _store_whole(acc, at, tl.load(view + 2) // 4 * 4, False, ACCUMULATE)
+            _store_whole(acc, at, tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE)
         elif path == 2:
-            _store_whole(acc, at, tl.load(view + 3) // 4 * 4, True, ACCUMULATE)
+            _store_whole(acc, at, tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE)
         else:
             _store_any(acc, address, start, block, row, column, view, ACCUMULATE)
 
@@ -162,16 +182,24 @@ def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.con
         _store_any(left, address, start, block, row, column, view, ACCUMULATE)
         _store_any(right, address, start, block, row, column + acc.shape[1] // 2, view, ACCUMULATE)
     else:
-        merged = tl.load(view + 11).to(tl.int32)
+        merged = tl.load(view + VIEW_MERGED).to(tl.int32)
         row_group, row_offset = side(
-            row + tl.arange(0, acc.shape[0]), tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view
+            row + tl.arange(0, acc.shape[0]),
+            tl.load(view + VIEW_ROWS),
+            tl.load(view + VIEW_TAPS_IN_ROWS),
+            tl.load(view + VIEW_ROW_STRIDE),
+            view,
         )
         column_group, column_offset = side(
-            column + tl.arange(0, acc.shape[1]), tl.load(view + 10), tl.load(view + 14), tl.load(view + 3), view
+            column + tl.arange(0, acc.shape[1]),
+            tl.load(view + VIEW_COLUMNS),
+            tl.load(view + VIEW_TAPS_IN_COLUMNS),
+            tl.load(view + VIEW_COLUMN_STRIDE),
+            view,
         )
         group = block * merged + row_group
-        row_offset += group * tl.load(view + 1).to(tl.int32)
-        row_group = tl.where((row_group < merged) & (group < tl.load(view + 12)), row_group, -1)
+        row_offset += group * tl.load(view + VIEW_GROUP_STRIDE).to(tl.int32)
+        row_group = tl.where((row_group < merged) & (group < tl.load(view + VIEW_GROUPS)), row_group, -1)
         mask = row_group[:, None] == column_group[None, :]
         at = address.to(tl.pointer_type(tl.float32)) + start + (row_offset[:, None] + column_offset[None, :])
         if ACCUMULATE:

@@ -14,7 +14,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import side, tap_offset
+from .layout import (
+    VIEW_ADDRESS,
+    VIEW_COLUMN_STRIDE,
+    VIEW_COLUMNS,
+    VIEW_DTYPE,
+    VIEW_GROUP_STRIDE,
+    VIEW_GROUPS,
+    VIEW_MERGED,
+    VIEW_PATH,
+    VIEW_ROW_STRIDE,
+    VIEW_ROWS,
+    VIEW_TAPS_IN_COLUMNS,
+    VIEW_TAPS_IN_ROWS,
+    VIEW_WIDTH,
+    side,
+    tap_offset,
+)
 
 
 @triton.jit
@@ -22,13 +38,13 @@ def _pack_kernel(
     hi,  # (rows, 256): bf16, or float32 if there is one plane
     lo,
     tiles,  # int32 (tiles, 8), see Plan._pack_rows
-    views,  # int64 (layers, 20), see layout.py
+    views,  # int64 (layers, VIEW_WIDTH), see layout.py
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     tile = tiles + tl.program_id(0) * 8
-    view = views + tl.load(tile) * 20
+    view = views + tl.load(tile) * VIEW_WIDTH
     block = tl.load(tile + 1)
     taps = tl.load(tile + 6)
     tap_rows = tl.load(tile + 7).to(tl.int64)
@@ -37,17 +53,27 @@ def _pack_kernel(
     out = tl.load(tile + 4).to(tl.int64) * 256 + tl.multiple_of(tl.load(tile + 5), COLUMNS)
     out = out + r[:, None] * 256 + c[None, :]
 
-    address = tl.load(view)
-    dtype = tl.load(view + 7)
-    rows_first = tl.load(view + 8) == 2
-    merged = tl.load(view + 11).to(tl.int32)
-    row_group, row_offset = side(tl.load(tile + 2) + r, tl.load(view + 9), tl.load(view + 13), tl.load(view + 2), view)
+    address = tl.load(view + VIEW_ADDRESS)
+    dtype = tl.load(view + VIEW_DTYPE)
+    rows_first = tl.load(view + VIEW_PATH) == 2
+    merged = tl.load(view + VIEW_MERGED).to(tl.int32)
+    row_group, row_offset = side(
+        tl.load(tile + 2) + r,
+        tl.load(view + VIEW_ROWS),
+        tl.load(view + VIEW_TAPS_IN_ROWS),
+        tl.load(view + VIEW_ROW_STRIDE),
+        view,
+    )
     column_group, column_offset = side(
-        tl.load(tile + 3) + c, tl.load(view + 10), tl.load(view + 14), tl.load(view + 3), view
+        tl.load(tile + 3) + c,
+        tl.load(view + VIEW_COLUMNS),
+        tl.load(view + VIEW_TAPS_IN_COLUMNS),
+        tl.load(view + VIEW_COLUMN_STRIDE),
+        view,
     )
     group = block * merged + row_group
-    row_offset += group * tl.load(view + 1).to(tl.int32)
-    row_group = tl.where((row_group < merged) & (group < tl.load(view + 12)), row_group, -1)
+    row_offset += group * tl.load(view + VIEW_GROUP_STRIDE).to(tl.int32)
+    row_group = tl.where((row_group < merged) & (group < tl.load(view + VIEW_GROUPS)), row_group, -1)
     # Both orders of the same piece: lanes run along whichever side is closer together in memory
     offset = row_offset[:, None] + column_offset[None, :]
     mask = row_group[:, None] == column_group[None, :]

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..geometry import Layer
 from .launch import Launches
+from .layout import VIEW
 from .plan import Plan
 from .tiles import GradTile, GramTile
 
-VIEW_COLUMNS = 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -171,55 +172,51 @@ class Tables:
         return self._flat[1:]
 
     def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
-        """One row of 20 per tensor; see layout.py."""
+        """A view: one row per tensor, as int64."""
         rows = self._static.copy()
-        rows[:, 0] = addresses
-        for n, (layer, stride, dtype) in enumerate(zip(self.plan.layers, strides, dtypes, strict=True)):
+        rows["address"] = addresses
+        for n, (row, layer, stride, dtype) in enumerate(zip(rows, self.plan.layers, strides, dtypes, strict=True)):
             if sum((k - 1) * abs(s) for k, s in zip(layer.shape, stride, strict=True)) >= 2**31:
                 raise ValueError(f"weight {n}, strides {stride}, spans more elements than 32-bit offsets can name")
             outputs, inputs, *taps = stride
-            rows[n, 1] = layer.shape[0] // layer.groups * outputs
-            rows[n, 2:4] = (inputs, outputs) if layer.transposed else (outputs, inputs)
-            rows[n, 7 - len(taps) : 7] = taps
-            rows[n, 7] = DTYPES[dtype]
-            self._flatten(n, rows[n], stride)
+            row["group_stride"] = layer.shape[0] // layer.groups * outputs
+            row["row_stride"], row["column_stride"] = (inputs, outputs) if layer.transposed else (outputs, inputs)
+            row["tap_strides"][3 - len(taps) :] = taps
+            row["dtype"] = DTYPES[dtype]
+            _flatten(row, layer, stride)
         self._choose_path(rows, reading)
-        return rows
-
-    def _flatten(self, n: int, row: np.ndarray, stride: tuple[int, ...]) -> None:
-        """penalty="matrix" counts (I/g, k...) as one side: with one stride if memory allows, else by division."""
-        layer = self.plan.layers[n]
-        inner = 1 if layer.kernel else int(np.prod(layer.shape[2:]))
-        if inner > 1:
-            expected = stride[-1] * np.cumprod((1, *layer.shape[:1:-1]))[::-1]
-            if tuple(stride[1:]) == tuple(expected):
-                row[2 if layer.transposed else 3] = stride[-1]
-                inner = 1
-        row[13:15] = (inner, 1) if layer.transposed else (1, inner)
+        return rows.view(np.int64).reshape(len(rows), -1)
 
     def _choose_path(self, rows: np.ndarray, reading: bool) -> None:
-        """Column 8. Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where
-        a side is contiguous and 16-byte stores are possible."""
-        row, column, inner = rows[:, 2], rows[:, 3], rows[:, 13:15].max(1)
+        """Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where a side is
+        contiguous and 16-byte stores are possible. 0 elsewhere."""
+        row, column = rows["row_stride"], rows["column_stride"]
+        flat = (rows["taps_in_rows"] == 1) & (rows["taps_in_columns"] == 1)
         if reading:
-            rows[:, 8] = np.where((row < column) & (inner == 1), 2, 0)
+            rows["path"] = np.where((row < column) & flat, 2, 0)
             return
-        merged = np.array([p.merged for p in self.plan.packed])
-        plain = (rows[:, 7] == 0) & (merged == 1) & (inner == 1) & (rows[:, 0] % 16 == 0)
-        plain &= (rows[:, 1] % 4 == 0) & (rows[:, 4:7] % 4 == 0).all(1)
+        plain = flat & (rows["dtype"] == 0) & (rows["merged"] == 1) & (rows["address"] % 16 == 0)
+        plain &= (rows["group_stride"] % 4 == 0) & (rows["tap_strides"] % 4 == 0).all(1)
         by_column, by_row = plain & (column == 1) & (row % 4 == 0), plain & (row == 1) & (column % 4 == 0)
-        rows[:, 8] = np.where(by_column, 1, np.where(by_row, 2, 0))
+        rows["path"] = np.where(by_column, 1, np.where(by_row, 2, 0))
 
 
 def _static_columns(plan: Plan) -> np.ndarray:
-    """The columns of a view that shapes alone decide; see layout.py.
-
-    0 address  1 stride of groups  2 of rows  3 of columns  4-6 of taps  7 dtype  8 path  9 rows  10 columns
-    11 groups per block  12 groups  13 taps flattened into rows  14 into columns  15-16 inner kernel sizes
-    """
-    rows = np.zeros((len(plan.layers), VIEW_COLUMNS), np.int64)
-    for n, p in enumerate(plan.packed):
-        kernel = p.layer.shape[2:]
-        rows[n, 9:13] = p.layer.rows, p.layer.columns, p.merged, p.layer.groups
-        rows[n, 15:17] = (1, 1, 1, *kernel)[-2:]
+    """Views with what shapes alone decide."""
+    rows = np.zeros(len(plan.layers), VIEW)
+    for row, p in zip(rows, plan.packed, strict=True):
+        row["rows"], row["columns"] = p.layer.rows, p.layer.columns
+        row["merged"], row["groups"] = p.merged, p.layer.groups
+        row["kernel"] = (1, 1, 1, *p.layer.shape[2:])[-2:]
     return rows
+
+
+def _flatten(row: np.void, layer: Layer, stride: tuple[int, ...]) -> None:
+    """penalty="matrix" counts (I/g, k...) as one side: with one stride if memory allows, else by division."""
+    inner = 1 if layer.kernel else int(np.prod(layer.shape[2:]))
+    if inner > 1:
+        expected = stride[-1] * np.cumprod((1, *layer.shape[:1:-1]))[::-1]
+        if tuple(stride[1:]) == tuple(expected):
+            row["row_stride" if layer.transposed else "column_stride"] = stride[-1]
+            inner = 1
+    row["taps_in_rows"], row["taps_in_columns"] = (inner, 1) if layer.transposed else (1, inner)
