@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test faults check kernels bench wheel test-gpu bench-gpu install-gpu clean
+.PHONY: help demo test faults check kernels bench wheel test-gpu sanitize-gpu bench-gpu install-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
@@ -49,6 +49,14 @@ install-gpu:
 test-gpu: install-gpu  ## the op, layer and kernel tests on the GPU, at most 160 seconds
 	-timeout --signal=INT --kill-after=10 150 $(PYTHON) -m pytest tests --device cuda --continue-on-collection-errors \
 	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 4 --dist worksteal)
+
+# Memory that PyTorch caches would hide an access outside a tensor.
+sanitize-gpu: install-gpu  ## compute-sanitizer's memcheck and racecheck over the kernels' tests, at most eight minutes
+	-for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=10 230 compute-sanitizer --tool $$tool \
+	    --error-exitcode 9 $(PYTHON) -m pytest --device cuda tests/csrc/test_kernels.py \
+	    tests/kernels/test_triton_orthogonality.py -k 'not graph and not matches_reference'; \
+	done
 
 SECONDS := 380
 bench-gpu: install-gpu  ## every performance target in SECONDS=380 (with test-gpu: ten minutes; 560 measures more)
