@@ -1,0 +1,21 @@
+"""pytest, where isonet_fast must be the copy in this directory whose kernels the emulator runs; counts the launches."""
+
+import ctypes
+import pathlib
+import sys
+
+import pytest
+
+from isonet_fast.ops import _library
+
+
+def main() -> int:
+    assert _library.COMPILED == pathlib.Path.cwd() / "isonet_fast" / "_C.so", _library.COMPILED
+    assert _library.why_not_compiled is None, _library.why_not_compiled
+    code = pytest.main(sys.argv[1:])
+    print(f"{ctypes.CDLL(str(_library.COMPILED)).emulated_launches()} launches")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
