@@ -25,14 +25,15 @@
 namespace isonet_fast::cpu {
 namespace {
 
-constexpr int64_t kPadding = 8;  // floats in the longest vector
+constexpr int64_t kPadding = 8;  // floats to which rows are filled up: a vector, or half of the longest
 // So many products are added before they join the result: it is a small difference of larger numbers, and fewer
 // roundings are of the size of those.
 constexpr int64_t kDepth = 64;
 
 template <int kLanes>
 struct VectorOf {
-  typedef float Type __attribute__((vector_size(4 * kLanes), may_alias));
+  // Rows are padded to eight floats: a vector of 16 may start in the middle of its own length.
+  typedef float Type __attribute__((vector_size(4 * kLanes), aligned(4 * (kLanes < 8 ? kLanes : 8)), may_alias));
 };
 
 // c (kRows x kVectors) += a b, with the sums in registers. All three have rows of `stride`; a may be given transposed.
@@ -49,20 +50,21 @@ ISONET_FAST_INLINE void multiply_tile(int64_t depth, const float* a, const float
     for (int j = 0; j < kVectors; ++j) *reinterpret_cast<Vector*>(c + i * stride + j * kLanes) += sum[i][j];
 }
 
+template <int kLanes, bool kTransposed, int kRows, int kVectors>
+ISONET_FAST_INLINE void multiply_rows(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
+                                      int64_t stride) {
+  if (rows == kRows) return multiply_tile<kLanes, kTransposed, kRows, kVectors>(depth, a, b, c, stride);
+  if constexpr (kRows > 1) multiply_rows<kLanes, kTransposed, kRows - 1, kVectors>(rows, depth, a, b, c, stride);
+}
+
 template <int kLanes, bool kTransposed, int kVectors>
 ISONET_FAST_INLINE void multiply_panel(int64_t rows, int64_t depth, const float* a, const float* b, float* c,
                                        int64_t stride) {
   // As many rows at a time as registers hold, and the same number again and again rather than a short last tile.
-  for (int64_t tiles = (rows + 5) / 6; tiles > 0; --tiles) {
+  constexpr int kMost = kLanes == 16 ? 12 : 6;
+  for (int64_t tiles = (rows + kMost - 1) / kMost; tiles > 0; --tiles) {
     const int64_t height = (rows + tiles - 1) / tiles;
-    switch (height) {
-      case 6: multiply_tile<kLanes, kTransposed, 6, kVectors>(depth, a, b, c, stride); break;
-      case 5: multiply_tile<kLanes, kTransposed, 5, kVectors>(depth, a, b, c, stride); break;
-      case 4: multiply_tile<kLanes, kTransposed, 4, kVectors>(depth, a, b, c, stride); break;
-      case 3: multiply_tile<kLanes, kTransposed, 3, kVectors>(depth, a, b, c, stride); break;
-      case 2: multiply_tile<kLanes, kTransposed, 2, kVectors>(depth, a, b, c, stride); break;
-      default: multiply_tile<kLanes, kTransposed, 1, kVectors>(depth, a, b, c, stride);
-    }
+    multiply_rows<kLanes, kTransposed, kMost, kVectors>(height, depth, a, b, c, stride);
     rows -= height;
     a += height * (kTransposed ? 1 : stride);
     c += height * stride;
@@ -76,21 +78,24 @@ struct Multiply {
                                      int64_t stride) const {
     for (; depth > 0; depth -= kDepth, a += kDepth * (kTransposed ? stride : 1), b += kDepth * stride) {
       const int64_t d = depth < kDepth ? depth : kDepth;
-      for (int64_t j = 0; j < stride; j += 2 * kLanes)
-        if (stride - j >= 2 * kLanes)
-          multiply_panel<kLanes, kTransposed, 2>(rows, d, a, b + j, c + j, stride);
-        else
-          multiply_panel<kLanes, kTransposed, 1>(rows, d, a, b + j, c + j, stride);
+      int64_t j = 0;
+      for (; stride - j >= 2 * kLanes; j += 2 * kLanes)
+        multiply_panel<kLanes, kTransposed, 2>(rows, d, a, b + j, c + j, stride);
+      for (; stride - j >= kLanes; j += kLanes)
+        multiply_panel<kLanes, kTransposed, 1>(rows, d, a, b + j, c + j, stride);
+      if constexpr (kLanes > kPadding)
+        if (stride > j) multiply_panel<kPadding, kTransposed, 1>(rows, d, a, b + j, c + j, stride);
     }
   }
 };
 
 template <bool kTransposed>
 void multiply(int64_t rows, int64_t depth, const float* a, const float* b, float* c, int64_t stride) {
-  if (has_avx2())  // elsewhere registers hold four floats, and compilers handle longer vectors badly
-    run(Multiply<8, kTransposed>{}, rows, depth, a, b, c, stride);
-  else
-    run(Multiply<4, kTransposed>{}, rows, depth, a, b, c, stride);
+#ifdef ISONET_FAST_AVX
+  if (has_avx512()) return run_avx512(Multiply<16, kTransposed>{}, rows, depth, a, b, c, stride);
+  if (has_avx2()) return run_avx2(Multiply<8, kTransposed>{}, rows, depth, a, b, c, stride);
+#endif
+  Multiply<4, kTransposed>{}(rows, depth, a, b, c, stride);  // compilers handle vectors longer than registers badly
 }
 
 // The sum of the squares, and the transpose.
