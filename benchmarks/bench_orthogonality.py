@@ -212,8 +212,10 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     if session.cuda and not session.late("NCHW"):
         Case(session, networks[0], providers.build(networks[0]), layout="nchw").compare(first)
     run_layers(session, first)
-    if session.quick and not session.cuda and not session.late("isonet18", needed=60.0):
-        Case(session, "isonet18", providers.build("isonet18"), repo).compare(first)  # the official form takes seconds
+    if session.quick and not session.cuda:
+        for name in ("isonet18", "risonet50"):  # last: the official form takes seconds
+            if not session.late(name, needed=30.0):
+                Case(session, name, providers.build(name), repo).compare(first)
     return session
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import ROOT
 from .rows import Row, group, ms, read
-from .targets import NETWORKS, cases, evaluate, on
+from .targets import SHOWN, cases, evaluate, on
 
 README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- benchmark:([a-z-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
@@ -58,7 +58,7 @@ def penalty_table(rows: list[Row]) -> str:
     """Penalty and gradient of whole networks; on a GPU replayed as a CUDA graph."""
     body = []
     shown = [c for c in cases(rows, op="orthogonality") if c["mode"] in ("loss+gradient graph", "loss+gradient")]
-    for network in ("cifar32", *NETWORKS):
+    for network in SHOWN:
         for problem in (c for c in shown if c["case"] == network):
             side = group(rows, ("official", "isonet_fast", "matmul"), **problem)
             if not side:
