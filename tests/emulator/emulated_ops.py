@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from isonet_fast.ops import _library
+from isonet_fast.ops import _library  # before pytest puts the repository first on sys.path
 
 
 def main() -> int:
