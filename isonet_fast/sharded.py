@@ -92,7 +92,7 @@ class Shards:
 
     def _whole(self, weights: Sequence[Tensor]) -> list[Tensor]:
         rows = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
-        dtype = max(map(wide_dtype, rows), key=lambda d: d.itemsize)
+        dtype = max((wide_dtype(row.dtype) for row in rows), key=lambda d: d.itemsize)
         mine = torch.zeros(sum(self.sizes), dtype=dtype, device=rows[0].device)
         torch._foreach_copy_([m[: r.numel()].view_as(r) for m, r in zip(mine.split(self.sizes), rows)], rows)
         everyones, buffer = (mine.new_empty(self.ranks * len(mine)) for _ in range(2))

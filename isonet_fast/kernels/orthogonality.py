@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..flat import Flat, lay_out
 from ..geometry import Layer
 from . import plan as planning
 from . import tiles
@@ -25,7 +26,7 @@ from .grad import _grad_kernel
 from .gram import _gram_kernel
 from .pack import _pack_kernel
 from .plan import Plan
-from .tables import Flat, Tables, lay_out
+from .tables import Tables
 
 Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
@@ -105,17 +106,26 @@ def backward(
     precision: str | None,
     offsets: Offsets,
 ) -> list[Tensor]:
-    """grad_output * dloss/dW of every weight, in its dtype and strides: views of one buffer."""
+    """grad_output * dloss/dW of every weight, in its dtype and strides: views of `backward_buffers`."""
+    return lay_out(weights).views(
+        backward_buffers(grad_output, saved, weights, layers, coefficients, precision, offsets)
+    )
+
+
+def backward_buffers(
+    grad_output: Tensor,
+    saved: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    layers: tuple[Layer, ...],
+    coefficients: tuple[float, ...],
+    precision: str | None,
+    offsets: Offsets,
+) -> list[Tensor]:
+    """The gradients, a buffer per dtype of the weights (see flat.py)."""
     tables = _prepare(weights, layers, precision, offsets)
     with _on(tables.device) as stream:
         layout, flat = _grad_to_flat(tables, weights, saved, coefficients, grad_output, stream)
-    return layout.typed_views(flat)
-
-
-def grads_like(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Empty tensors of the gradients' shapes and strides, views of one buffer as they are."""
-    layout = lay_out(weights)
-    return layout.typed_views(weights[0].new_empty(layout.size, dtype=torch.float32))
+    return layout.buffers(flat)
 
 
 def accumulate_grad_(
@@ -136,7 +146,7 @@ def accumulate_grad_(
         else:  # half precision: formed in float32, added with one rounding
             factor = torch.full((), scale, device=tables.device)
             layout, flat = _grad_to_flat(tables, weights, saved, coefficients, factor, stream)
-            for grad, addend in zip(grads, layout.views(flat), strict=True):
+            for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
                 grad.add_(addend)
     return loss, losses
 

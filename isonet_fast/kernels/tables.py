@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..flat import Flat, lay_out
 from ..geometry import Layer
 from .launch import Launches
 from .layout import VIEW
@@ -68,51 +69,6 @@ class View(NamedTuple):
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     table: Table
-
-
-class Place(NamedTuple):
-    """A gradient's place: in the float32 buffer, and in its dtype's region of it."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    at: int
-    at_in_region: int
-
-
-class Flat(NamedTuple):
-    """The layout of the gradients' buffer; regions are (dtype, start, end) of what is rounded to half precision."""
-
-    size: int
-    places: list[Place]
-    regions: list[tuple[torch.dtype, int, int]]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Every gradient in the float32 buffer."""
-        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
-
-    def typed_views(self, flat: Tensor) -> list[Tensor]:
-        """Every gradient in its own dtype."""
-        if not self.regions:
-            return self.views(flat)
-        typed = {torch.float32: flat, **{dtype: flat[start:end].to(dtype) for dtype, start, end in self.regions}}
-        return [typed[dtype].as_strided(shape, strides, at) for dtype, shape, strides, _, at in self.places]
-
-
-def lay_out(weights: Sequence[Tensor]) -> Flat:
-    """Where the gradients of these weights lie in one float32 buffer, every dtype's together."""
-    places: dict[int, Place] = {}
-    regions, at = [], 0
-    for dtype in DTYPES:
-        start = at
-        for n, weight in enumerate(weights):
-            if weight.dtype == dtype:
-                strides = torch.empty_like(weight, device="meta").stride()
-                places[n] = Place(dtype, tuple(weight.shape), strides, at, at - start)
-                at += -(-weight.numel() // 64) * 64  # whole cache lines: 16-byte stores
-        if dtype != torch.float32 and at > start:
-            regions.append((dtype, start, at))
-    return Flat(at, [places[n] for n in range(len(weights))], regions)
 
 
 class Tables:

@@ -20,9 +20,9 @@ from ..geometry import Layer
 Offset = tuple[int, ...]
 
 
-def wide_dtype(weight: Tensor) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The penalty of half-precision weights is computed in float32."""
-    return torch.promote_types(weight.dtype, torch.float32)
+    return torch.promote_types(dtype, torch.float32)
 
 
 def evaluate(
@@ -38,8 +38,8 @@ def evaluate(
     batches: dict[tuple, list[int]] = {}
     for n, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
         if offsets[n]:
-            batches.setdefault((layer, offsets[n], wide_dtype(weight), weight.device), []).append(n)
-    wide = max((wide_dtype(w) for w in weights), key=lambda d: d.itemsize, default=torch.float32)
+            batches.setdefault((layer, offsets[n], wide_dtype(weight.dtype), weight.device), []).append(n)
+    wide = max((wide_dtype(w.dtype) for w in weights), key=lambda d: d.itemsize, default=torch.float32)
     losses = torch.zeros(len(weights), dtype=wide, device=weights[0].device if weights else None)
     with torch.autocast(losses.device.type, enabled=False):
         for (layer, ts, dtype, _), members in batches.items():

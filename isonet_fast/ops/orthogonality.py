@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..flat import lay_out
 from ..geometry import Layer, shard
 from . import closed_form, small_layers
 from ._library import implement, library, ops
 
-# problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch
+# problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch. The backward
+# returns a buffer per dtype (flat.py): what an op returns must not share memory.
 library.define("orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])")
 library.define(
     "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
@@ -141,10 +143,8 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
     if serves(weights):
         return _triton().forward(weights, *_triton_arguments(problem), save)
     saved = _saved_like(weights) if save else []
-    for buffer, offsets in zip(saved, problem.offsets, strict=False):
-        if not offsets:  # another rank's layer
-            buffer.zero_()
-    losses = _evaluate(weights, problem, saved, 1.0, add=False)
+    grads = lay_out(weights).views(saved) if save else []
+    losses = _evaluate(weights, problem, grads, 1.0, add=False)
     return _total(losses, problem.coefficients), losses, saved
 
 
@@ -177,13 +177,14 @@ def _triton_arguments(problem: Problem) -> tuple:
 
 
 def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The closed form keeps the gradient itself, in each weight's own layout."""
-    return [torch.empty_like(w, dtype=closed_form.wide_dtype(w)) for w in weights]
+    """The closed form keeps the gradients themselves: 0 for a layer of another rank."""
+    regions = lay_out(weights).regions
+    return [weights[0].new_zeros(end - start, dtype=closed_form.wide_dtype(dtype)) for dtype, start, end in regions]
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss")
 def _orthogonality_loss_fake(weights: list[Tensor], problem: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = max((closed_form.wide_dtype(w) for w in weights), key=lambda d: d.itemsize)
+    dtype = max((closed_form.wide_dtype(w.dtype) for w in weights), key=lambda d: d.itemsize)
     saved: list[Tensor] = []
     if save and serves(weights):
         shapes = tuple(tuple(map(int, w.shape)) for w in weights)  # the kernels' plan is for sizes, not symbols
@@ -199,18 +200,18 @@ def _orthogonality_loss_backward(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
     if serves(weights):
-        return _triton().backward(grad_output, saved, weights, *_triton_arguments(_read(problem, _shapes(weights))))
-    scaled = torch._foreach_mul(saved, grad_output)
-    return [g.to(w.dtype) for g, w in zip(scaled, weights, strict=True)]
+        return _triton().backward_buffers(
+            grad_output, saved, weights, *_triton_arguments(_read(problem, _shapes(weights)))
+        )
+    regions = lay_out(weights).regions
+    return [(buffer * grad_output).to(dtype) for buffer, (dtype, _, _) in zip(saved, regions, strict=True)]
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss_backward")
 def _orthogonality_loss_backward_fake(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
-    if serves(weights):
-        return _triton().grads_like(weights)
-    return [torch.empty_like(w) for w in weights]
+    return [weights[0].new_empty(end - start, dtype=dtype) for dtype, start, end in lay_out(weights).regions]
 
 
 class OrthogonalityLoss(torch.autograd.Function):
@@ -235,7 +236,7 @@ class OrthogonalityLoss(torch.autograd.Function):
                 "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
             )
         weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        grads = ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text)
+        grads = lay_out(weights).views(ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text))
         return None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 

@@ -1,0 +1,60 @@
+"""The gradients of a list of weights side by side in memory: one buffer while they are computed in one precision, and
+one per dtype afterwards. What an op returns must not share memory, so the ops return buffers, of which gradients are
+views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Place(NamedTuple):
+    """A gradient's place: in the whole, and in its dtype's region."""
+
+    region: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    at: int
+    at_in_region: int
+
+
+class Flat(NamedTuple):
+    """The layout: `regions` are (dtype, start, end) of what is of one dtype."""
+
+    size: int
+    places: list[Place]
+    regions: list[tuple[torch.dtype, int, int]]
+
+    def wide_views(self, flat: Tensor) -> list[Tensor]:
+        """Every gradient, before it is rounded."""
+        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
+
+    def buffers(self, flat: Tensor) -> list[Tensor]:
+        """A buffer per dtype."""
+        return [flat[start:end].to(dtype) for dtype, start, end in self.regions]
+
+    def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Every gradient in its own dtype and strides, from `buffers`."""
+        return [buffers[region].as_strided(shape, strides, at) for region, shape, strides, _, at in self.places]
+
+
+def lay_out(weights: Sequence[Tensor]) -> Flat:
+    places: dict[int, Place] = {}
+    regions: list[tuple[torch.dtype, int, int]] = []
+    at = 0
+    for dtype in DTYPES:
+        members = [n for n, weight in enumerate(weights) if weight.dtype == dtype]
+        start = at
+        for n in members:
+            strides = torch.empty_like(weights[n], device="meta").stride()
+            places[n] = Place(len(regions), tuple(weights[n].shape), strides, at, at - start)
+            at += -(-weights[n].numel() // 64) * 64  # whole cache lines: 16-byte stores
+        if members:
+            regions.append((dtype, start, at))
+    return Flat(at, [places[n] for n in range(len(weights))], regions)
