@@ -86,7 +86,7 @@ def _penalty_speedup(over: str, limit: float) -> Callable[[list[Row]], Outcome |
 def _host(rows: list[Row]) -> Outcome | None:
     where = [{"op": "orthogonality_host", "mode": mode, "case": "isonet101*"} for mode in ("accumulate_grad_", "loss")]
     found = {w["mode"]: 1e3 * ms(side["isonet_fast"]) for w in where if (side := group(rows, ("isonet_fast",), **w))}
-    return _spread(found, 300.0, " us", largest=True)
+    return _spread(found, 300.0, " us", largest=True) if len(found) == len(where) else None
 
 
 def nbytes(row: Row) -> int:

@@ -5,7 +5,7 @@
 // Here a thread takes a layer's group, packs its taps, and keeps taps, gradient and residual in its cache
 // until the group is done. Groups are independent and each keeps its own sum: the same bits for any number of threads.
 //
-// A tap is packed as its transpose, columns x rows, with the rows padded to whole vectors by zeros. Taps that follow
+// A tap is packed as its transpose, columns x rows, with the rows padded to eight floats by zeros. Taps that follow
 // each other in the kernel's last dimension lie one below the other, so that a run of them is one matrix:
 //   R    += A_u A_v^T    = P_u^T P_v      over (taps of the run, columns)
 //   G_u  += (R A_v)^T    = P_v R^T        G_v += (R^T A_u)^T = P_u R        for all taps of the run at once

@@ -17,7 +17,7 @@ template <class Body, class... Arguments>
 }
 
 template <class Body, class... Arguments>
-[[gnu::target("avx512f")]] void run_avx512(const Body& body, Arguments&&... arguments) {
+[[gnu::target("avx512f,avx2,fma")]] void run_avx512(const Body& body, Arguments&&... arguments) {
   body(arguments...);
 }
 
@@ -27,7 +27,7 @@ inline bool has_avx2() {
 }
 
 inline bool has_avx512() {
-  static const bool avx512 = __builtin_cpu_supports("avx512f");
+  static const bool avx512 = __builtin_cpu_supports("avx512f") && has_avx2();
   return avx512;
 }
 #endif

@@ -44,6 +44,13 @@ class Flat(NamedTuple):
         return [buffers[region].as_strided(shape, strides, at) for region, shape, strides, _, at in self.places]
 
 
+def _strides(weight: Tensor) -> tuple[int, ...]:
+    """Of an empty_like: the weight's own, if it has no gaps."""
+    if weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)):
+        return weight.stride()
+    return torch.empty_like(weight, device="meta").stride()
+
+
 def lay_out(weights: Sequence[Tensor]) -> Flat:
     places: dict[int, Place] = {}
     regions: list[tuple[torch.dtype, int, int]] = []
@@ -52,8 +59,7 @@ def lay_out(weights: Sequence[Tensor]) -> Flat:
         members = [n for n, weight in enumerate(weights) if weight.dtype == dtype]
         start = at
         for n in members:
-            strides = torch.empty_like(weights[n], device="meta").stride()
-            places[n] = Place(len(regions), tuple(weights[n].shape), strides, at, at - start)
+            places[n] = Place(len(regions), tuple(weights[n].shape), _strides(weights[n]), at, at - start)
             at += -(-weights[n].numel() // 64) * 64  # whole cache lines: 16-byte stores
         if members:
             regions.append((dtype, start, at))

@@ -158,8 +158,8 @@ class OrthoRegularizer:
         """
         now = [module._parameters.get("weight") for module, _, _ in self._included.values()]
         known, shapes = self._seen
-        same = len(now) == len(known) and all(map(operator.is_, now, known))
-        if self._gathered is None or not same or [w.shape for w in known] != shapes:
+        same = len(now) == len(known) and all(map(operator.is_, now, known)) and [w.shape for w in known] == shapes
+        if self._gathered is None or not same or len(set(map(Tensor.get_device, known))) > 1:
             self._gathered = self._look_up()  # leaves out what is parametrized since: None here
             known = [weight for weight in now if weight is not None]
             self._seen = known, [w.shape for w in known]

@@ -182,7 +182,7 @@ def _forward(
         box = [tile.block, tile.chunk]
         arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
         options = tiles.gram_options(plan.variant, tile, save)
-        launch((tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
+        launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
     arguments = (
         loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
         tables.coefficients(coefficients).on(stream), len(weights), plan.longest_range,
@@ -216,7 +216,7 @@ def _grad(
             scale,
         )  # fmt: skip
         options = tiles.grad_options(plan.variant, tile, accumulate)
-        tables.launches((tile, accumulate), _grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
+        tables.launches(("grad", tile, accumulate), _grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
 
 
 def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:

@@ -139,6 +139,11 @@ def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 @implement("orthogonality_loss")
 def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        raise RuntimeError(
+            "the op isonet_fast::orthogonality_loss is not differentiable by itself; call "
+            "isonet_fast.functional.orthogonality_loss"
+        )
     problem = _read(text, _shapes(weights))
     if serves(weights):
         return _triton().forward(weights, *_triton_arguments(problem), save)

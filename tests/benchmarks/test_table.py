@@ -60,11 +60,25 @@ def test_cpu_targets(ours, reached):
     found = measured("srelu", "forward+backward", "2x3x4x4", "float32", official=25, isonet_fast=ours, copy=5)
     found += measured("orthogonality", "loss+gradient", "cifar32", "float32", official=25, isonet_fast=ours, matmul=1)
     found += measured("step", "training", "cifar32 batch 32 32x32", "float32", official=30, isonet_fast=ours, bare=5)
-    found += measured("orthogonality_host", "loss", "isonet101, 99 layers", "float32", isonet_fast=ours / 100)
+    for mode in ("accumulate_grad_", "loss"):
+        found += measured("orthogonality_host", mode, "isonet101, 99 layers", "float32", isonet_fast=ours / 100)
     found = [row | {"device": "cpu: some (2 threads)"} for row in found]
     outcomes = [o for t, o in targets.evaluate(found) if t.device == "CPU"]
     assert [o.reached for o in outcomes] == [reached] * 4
     assert all(o is None for t, o in targets.evaluate(found) if t.device == "GPU")
+
+
+@pytest.mark.parametrize(("peak", "reached"), [("999999", True), ("1000001", False)])
+def test_a_penalty_that_takes_more_memory_misses_its_target(peak, reached):
+    found = measured("orthogonality", "loss+gradient", "isonet18", "float32", official=25, isonet_fast=5, matmul=1)
+    found = [row | {"device": "cpu: some (2 threads)"} for row in found]
+    found = [row | {"peak_bytes": peak} if row["provider"] == "isonet_fast" else row for row in found]
+    assert [o.reached for _, o in targets.evaluate(found) if o is not None] == [reached]
+
+
+def test_half_of_the_calls_tells_nothing_of_the_host():
+    found = measured("orthogonality_host", "loss", "isonet101, 99 layers", "float32", isonet_fast=0.1)
+    assert all(outcome is None for _, outcome in targets.evaluate(found))
 
 
 def test_tables_are_made_between_markers_and_nothing_else_changes():

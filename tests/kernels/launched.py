@@ -1,5 +1,6 @@
 """Launch every kernel through Triton's own launchers and the null driver: `python launched.py 90` prints as JSON what
-each call launched, and the kernels, by the hash of what was compiled. A process of its own (see tools/null_driver.py).
+each call launched, the kernels, and those of tools/lower_triton.py, by the hash of what was compiled. A process of its
+own (see tools/null_driver.py); both hashes are formed in it, since more than the kernel's source counts in them.
 """
 
 import json
@@ -10,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
 
+import lower_triton
 import null_driver
 
 from isonet_fast.geometry import Layer, shard
@@ -43,7 +45,9 @@ def main(arch: int) -> None:
                 call()
                 launches[f"{name}, {precision}, {time}"] = driver.launches - before[0], driver.tensor_maps - before[1]
     compiled = [c for tables in orthogonality._tables.values() for c, _ in tables.launches._compiled.values()]
-    print(json.dumps({"launches": launches, "kernels": {c.hash: c.name for c in compiled}}))
+    kernels = {c.hash: c.name for c in compiled}
+    lowered = {lower_triton.compile_case(case, arch).hash: case.name for case in lower_triton.cases(arch)}
+    print(json.dumps({"launches": launches, "kernels": kernels, "lowered": lowered}))
 
 
 if __name__ == "__main__":

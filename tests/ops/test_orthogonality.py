@@ -157,7 +157,7 @@ def test_weights_that_need_no_gradient(device):
 def test_no_grad_keeps_nothing(device):
     weights, _ = network(device, torch.float32)
     problem = problem_of(weights[:1], "isonet")
-    assert ops.orthogonality_loss(weights[:1], problem.text, False)[2] == []
+    assert ops.orthogonality_loss([weights[0].detach()], problem.text, False)[2] == []
 
 
 def problem_of(weights, penalty, part=(0, 1), coefficients=None, stride=1):
@@ -194,6 +194,25 @@ def test_opcheck(device):
     opcheck(ops.orthogonality_loss.default, (weights, problem.text, True))
     loss, _, saved = ops.orthogonality_loss(weights, problem.text, True)
     opcheck(ops.orthogonality_loss_backward.default, (loss, saved, weights, problem.text))
+
+
+def test_the_bare_op_refuses_to_lose_a_gradient(device):
+    weight = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+    problem = problem_of([weight], "isonet")
+    with pytest.raises(RuntimeError, match=r"not differentiable by itself.*functional.orthogonality_loss"):
+        ops.orthogonality_loss([weight], problem.text, True)
+    with torch.no_grad():
+        assert ops.orthogonality_loss([weight], problem.text, True)[0] > 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compile_with_dynamic_shapes(layout, device):
+    f = lambda w: functional.orthogonality_loss(w * 1, stride=2)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for shape in ((6, 4, 3, 3), (5, 4, 3, 3)):
+        weight = torch.randn(shape, device=device).contiguous(memory_format=layout).requires_grad_()
+        want, got = torch.autograd.grad(f(weight), weight), torch.autograd.grad(compiled(weight), weight)
+        torch.testing.assert_close(got, want)
 
 
 def test_compile_fullgraph_forward_and_backward(device):
