@@ -5,6 +5,8 @@ views.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,15 +54,29 @@ def _strides(weight: Tensor) -> tuple[int, ...]:
 
 
 def lay_out(weights: Sequence[Tensor]) -> Flat:
+    """The layout of these weights' gradients; known ones are found again, as every backward pass asks."""
+    described = tuple([(weight.shape, _strides(weight), weight.dtype) for weight in weights])
+    if torch.compiler.is_compiling():
+        return _arrange(described)
+    try:
+        return _known(described)
+    except TypeError:  # symbolic sizes have no hash
+        return _arrange(described)
+
+
+def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Flat:
     places: dict[int, Place] = {}
     regions: list[tuple[torch.dtype, int, int]] = []
     at = 0
     for dtype in DTYPES:
-        members = [n for n, weight in enumerate(weights) if weight.dtype == dtype]
         start = at
-        for n in members:
-            places[n] = Place(len(regions), tuple(weights[n].shape), _strides(weights[n]), at, at - start)
-            at += -(-weights[n].numel() // 64) * 64  # whole cache lines: 16-byte stores
-        if members:
+        for n, (shape, strides, own) in enumerate(described):
+            if own == dtype:
+                places[n] = Place(len(regions), tuple(shape), strides, at, at - start)
+                at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
+        if at > start:
             regions.append((dtype, start, at))
-    return Flat(at, [places[n] for n in range(len(weights))], regions)
+    return Flat(at, [places[n] for n in range(len(described))], regions)
+
+
+_known = functools.lru_cache(maxsize=64)(_arrange)

@@ -97,19 +97,9 @@ def saved_like(
     return [weights[0].new_empty(shape, dtype=dtype) for shape in planning.shapes(layers, offsets, precision)]
 
 
-def backward(
-    grad_output: Tensor,
-    saved: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    layers: tuple[Layer, ...],
-    coefficients: tuple[float, ...],
-    precision: str | None,
-    offsets: Offsets,
-) -> list[Tensor]:
+def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], *problem: Any) -> list[Tensor]:
     """grad_output * dloss/dW of every weight, in its dtype and strides: views of `backward_buffers`."""
-    return lay_out(weights).views(
-        backward_buffers(grad_output, saved, weights, layers, coefficients, precision, offsets)
-    )
+    return lay_out(weights).views(backward_buffers(grad_output, saved, weights, *problem))
 
 
 def backward_buffers(

@@ -86,7 +86,7 @@ class Tables:
         self._static = _static_columns(plan)
         self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}
-        self._flat: tuple[tuple, Flat, Table] | None = None
+        self._flat: tuple[Flat, Table] | None = None
 
     def coefficients(self, values: tuple[float, ...]) -> Table:
         if self._coefficients is None or self._coefficients[0] != values:
@@ -119,13 +119,12 @@ class Tables:
 
     def flat(self, weights: Sequence[Tensor]) -> tuple[Flat, Table]:
         """The layout of the gradients' buffer, and the view of it: addresses relative to its start."""
-        key = [w.stride() for w in weights], [w.dtype for w in weights]
-        if self._flat is None or self._flat[0] != key:
-            flat = lay_out(weights)
+        flat = lay_out(weights)
+        if self._flat is None or self._flat[0] is not flat:
             addresses, strides = [p.at * 4 for p in flat.places], [p.strides for p in flat.places]
             rows = self._rows(addresses, strides, [torch.float32] * len(weights), False)
-            self._flat = key, flat, Table(rows, self.device)
-        return self._flat[1:]
+            self._flat = flat, Table(rows, self.device)
+        return self._flat
 
     def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
         """A view: one row per tensor, as int64."""

@@ -118,7 +118,6 @@ def serves(weights: Sequence[Tensor]) -> bool:
     return (
         len(weights) > 0
         and weights[0].is_cuda
-        and len(set(map(Tensor.get_device, weights))) == 1  # else the closed form raises what PyTorch says to that
         and torch.float64 not in [w.dtype for w in weights]
         and kernels.unavailable(weights[0].device) is None
     )
@@ -148,7 +147,7 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
     if serves(weights):
         return _triton().forward(weights, *_triton_arguments(problem), save)
     saved = _saved_like(weights) if save else []
-    grads = lay_out(weights).views(saved) if save else []
+    grads = lay_out(weights).views(saved) if saved else []
     losses = _evaluate(weights, problem, grads, 1.0, add=False)
     return _total(losses, problem.coefficients), losses, saved
 

@@ -47,6 +47,7 @@ def main(arch: int) -> None:
     compiled = [c for tables in orthogonality._tables.values() for c, _ in tables.launches._compiled.values()]
     kernels = {c.hash: c.name for c in compiled}
     lowered = {lower_triton.compile_case(case, arch).hash: case.name for case in lower_triton.cases(arch)}
+    assert len(lowered) == len(list(lower_triton.cases(arch)))
     print(json.dumps({"launches": launches, "kernels": kernels, "lowered": lowered}))
 
 

@@ -40,7 +40,6 @@ def test_every_call_launches_a_fixed_number_of_kernels(launched):
 def test_what_is_launched_is_what_was_lowered(launched):
     """The gates of test_triton_lowering hold for the code that runs: Triton specialises it for its arguments."""
     lowered = launched["lowered"]
-    assert len(lowered) == 15
     assert [name for key, name in launched["kernels"].items() if key not in lowered] == []
     assert [name for key, name in lowered.items() if key not in launched["kernels"]] == []
 
