@@ -70,11 +70,11 @@ def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtyp
     at = 0
     for dtype in DTYPES:
         start = at
-        for n, (shape, strides, own) in enumerate(described):
-            if own == dtype:
-                places[n] = Place(len(regions), tuple(shape), strides, at, at - start)
-                at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
-        if at > start:
+        members = [(n, shape, strides) for n, (shape, strides, own) in enumerate(described) if own == dtype]
+        for n, shape, strides in members:
+            places[n] = Place(len(regions), tuple(shape), strides, at, at - start)
+            at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
+        if members:  # empty ones too have a buffer to be views of
             regions.append((dtype, start, at))
     return Flat(at, [places[n] for n in range(len(described))], regions)
 
