@@ -62,16 +62,21 @@ SECONDS := 380
 bench-gpu: install-gpu  ## every performance target in SECONDS=380 (with test-gpu: ten minutes; 560 measures more)
 	-timeout $$(($(SECONDS) + 10)) $(PYTHON) -m benchmarks.run_all --device cuda --seconds $(SECONDS)
 
-# A file is the record of a finished environment: an interrupted one is made again.
+# A file is the record of a finished environment: an interrupted one is made again. (torch.pth: if $(PYTHON) is itself of
+# a virtual environment, "system" packages are not its own but those below it.)
 $(READY): pyproject.toml constraints.txt setup.py $(wildcard CMakeLists.txt csrc/*)
 	@if ! $(BIN)/python -c '' 2>/dev/null; then \
 	  if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 	    echo "reusing the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	    $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' > $(VENV)/torch.pth; \
+	    mv $(VENV)/torch.pth $(VENV)/lib/python*/site-packages; \
 	  else $(PYTHON) -m venv $(VENV); fi; fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'numpy<2.4'; }
 	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/torch.txt
-	@grep -v '^torch==' constraints.txt >> $(VENV)/torch.txt
+	@# the Triton that a torch came with is the one that it needs
+	@grep -v "^torch==$$($(BIN)/python -c 'import triton' 2>/dev/null && echo '\|^triton==')" constraints.txt \
+	  >> $(VENV)/torch.txt
 	@echo "installing the rest and building the kernels"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt \
 	  'setuptools>=64' wheel ninja triton || echo "no Triton for this machine: its kernels are not tested"

@@ -1,5 +1,6 @@
 """Checks that need several processes: the processes start once, every check's outcome is known by its name."""
 
+import faulthandler
 import os
 import traceback
 from datetime import timedelta
@@ -28,6 +29,7 @@ def outcomes(checks, ranks, folder):
 
 
 def _rank(rank, checks, ranks, folder):
+    faulthandler.enable()  # a crash names its place
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no host name is looked up
     report = {}

@@ -3,6 +3,7 @@ each call launched, the kernels, and those of tools/lower_triton.py, by the hash
 own (see tools/null_driver.py); both hashes are formed in it, since more than the kernel's source counts in them.
 """
 
+import hashlib
 import json
 import pathlib
 import sys
@@ -18,6 +19,11 @@ from isonet_fast.geometry import Layer, shard
 from isonet_fast.kernels import orthogonality
 
 SHAPES = [(256, 128, 1, 1), (64, 64, 3, 3), (24, 1, 3, 3)]  # large tiles, small tiles, a depthwise convolution
+
+
+def code(kernel) -> str:
+    """A name for what runs."""
+    return hashlib.sha256(kernel.asm["ptx"].encode()).hexdigest()
 
 
 def main(arch: int) -> None:
@@ -45,8 +51,8 @@ def main(arch: int) -> None:
                 call()
                 launches[f"{name}, {precision}, {time}"] = driver.launches - before[0], driver.tensor_maps - before[1]
     compiled = [c for tables in orthogonality._tables.values() for c, _ in tables.launches._compiled.values()]
-    kernels = {c.hash: c.name for c in compiled}
-    lowered = {lower_triton.compile_case(case, arch).hash: case.name for case in lower_triton.cases(arch)}
+    kernels = {code(c): c.name for c in compiled}
+    lowered = {code(lower_triton.compile_case(case, arch)): case.name for case in lower_triton.cases(arch)}
     assert len(lowered) == len(list(lower_triton.cases(arch)))
     print(json.dumps({"launches": launches, "kernels": kernels, "lowered": lowered}))
 

@@ -48,7 +48,7 @@ def test_the_driver_refuses_an_illegal_tensor_map():
     code = """
 import torch, null_driver
 driver = null_driver.activate(90)
-fill = driver.utils.fill_tma_descriptor
+fill = getattr(driver.utils, "fill_tma_descriptor_tiled", None) or driver.utils.fill_tma_descriptor  # Triton 3.8, 3.6
 base = torch.zeros(1024, 256, dtype=torch.bfloat16).data_ptr()
 legal = [base, 3, 2, 9, [64, 64], [1024, 256], [256, 1], 0]  # 128-byte swizzle, bf16
 fill(*legal)
