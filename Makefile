@@ -75,7 +75,7 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard CMakeLists.txt csrc
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) 'numpy<2.4'; }
 	@$(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])' > $(VENV)/torch.txt
 	@# the Triton that a torch came with is the one that it needs
-	@grep -v "^torch==$$($(BIN)/python -c 'import triton' 2>/dev/null && echo '\|^triton==')" constraints.txt \
+	@grep -vE "^(torch$$($(BIN)/python -c 'import triton' 2>/dev/null && echo '|triton'))==" constraints.txt \
 	  >> $(VENV)/torch.txt
 	@echo "installing the rest and building the kernels"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt \
