@@ -9,6 +9,7 @@ cores would give at best. Rows go to benchmarks/results/accuracy.csv, the figure
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import statistics
 import sys
@@ -77,7 +78,7 @@ def emulated(weight: Tensor, layer: Layer, rounding: Rounding) -> tuple[float, T
     for t in layer.offsets:
         pairs = [(i, names.index(v)) for i, u in enumerate(names) if (v := (u[0] + t[0], u[1] + t[1])) in names]
         gram = product(torch.cat([taps[i] for i, _ in pairs], 1), torch.cat([taps[j] for _, j in pairs], 1).T, rounding)
-        residual = gram - (0 if any(t) else torch.eye(len(gram), dtype=gram.dtype))
+        residual = gram - (0 if any(t) else torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
         loss += (1 if any(t) else 0.5) * residual.square().sum().item()
         for i, j in pairs:
             grads[i] += 2 * product(residual, taps[j], rounding)
@@ -106,7 +107,7 @@ def measure(channels: int, kernel: int, seeds: int, device: torch.device) -> dic
     layer = Layer((channels, channels, kernel, kernel), (1, 1), (1, 1), 1, "isonet")
     errors: dict[str, list[tuple[float, float]]] = {provider: [] for provider in LABELS}
     for seed in range(seeds):
-        weight = near_orthogonal(channels, kernel, seed)
+        weight = near_orthogonal(channels, kernel, seed).to(device)
         exact = weight.double().requires_grad_()
         wanted = reference.orthogonality_loss(exact)
         (gradient,) = torch.autograd.grad(wanted, exact)
@@ -115,8 +116,8 @@ def measure(channels: int, kernel: int, seeds: int, device: torch.device) -> dic
                 loss, grad = emulated(weight, layer, ROUNDINGS[provider])
             else:
                 precision = "highest" if provider.endswith("highest") else None
-                loss, grad = kernels(weight.to(device), layer, precision)
-            error = (grad.cpu().double() - gradient).norm() / gradient.norm()
+                loss, grad = kernels(weight, layer, precision)
+            error = (grad.double() - gradient).norm() / gradient.norm()
             errors[provider].append((abs(loss - wanted.item()) / wanted.item(), error.item()))
     return {p: (statistics.median(e[0] for e in es), statistics.median(e[1] for e in es)) for p, es in errors.items()}
 
@@ -182,10 +183,13 @@ def main() -> None:
         results[channels, kernel] = measure(channels, kernel, 1 if quick else 5, device)
         for provider, (loss, gradient) in results[channels, kernel].items():
             print(f"{channels:4} {kernel}x{kernel} {provider:20} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
+        if not quick:
+            record({(channels, kernel): results[channels, kernel]}, device)
     if not quick:
-        (ROOT / "docs").mkdir(exist_ok=True)
-        record(results, device)
-        draw(results)
+        if importlib.util.find_spec("matplotlib") is None:
+            print("docs/accuracy.png is not drawn: Matplotlib is not installed")
+        else:
+            draw(results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ of PyTorch's caching allocator.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -35,15 +36,30 @@ def without_gpu() -> None:
 def compare(session: Session, network: str) -> None:
     model = providers.build(network).to(session.device)
     regularizer = OrthoRegularizer(model, 1e-4)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    parameters = list(model.parameters())
+    places = itertools.cycle([[torch.zeros_like(p) for p in parameters] for _ in range(2)])
+
+    def move() -> None:
+        for parameter, gradient in zip(parameters, next(places), strict=True):
+            parameter.grad = gradient
+
+    def accumulate_moved() -> None:
+        move()
+        regularizer.accumulate_grad_()
+
+    move()
     total = regularizer()
     weights = regularizer._gather()[0]
 
     def gradient() -> None:
         torch.autograd.grad(total, weights, retain_graph=True)
 
-    calls = {"accumulate_grad_": regularizer.accumulate_grad_, "loss": regularizer, "gradient": gradient}
+    calls = {
+        "accumulate_grad_": regularizer.accumulate_grad_,
+        "accumulate_grad_ moved": accumulate_moved,
+        "loss": regularizer,
+        "gradient": gradient,
+    }
     for mode, call in calls.items():
         problem = Problem("orthogonality_host", mode, f"{network}, {len(weights)} layers", "float32")
         session.compare(problem, [Contender("isonet_fast", call)], how="host")

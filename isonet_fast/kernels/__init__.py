@@ -18,7 +18,10 @@ def unavailable(device: torch.device) -> str | None:
     if device not in _reasons:
         if torch.cuda.is_current_stream_capturing():
             return "the Triton kernels were not tried before this CUDA graph capture"
-        _reasons[device] = _probe(device)
+        try:
+            _reasons[device] = _probe(device)
+        except torch.cuda.OutOfMemoryError:  # says nothing of the next time
+            return "the device had no memory left to try the Triton kernels"
     return _reasons[device]
 
 
@@ -28,12 +31,20 @@ def _probe(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"the Triton kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    watched = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
+    if watched:
+        torch.cuda.set_sync_debug_mode(0)  # this one time the host has to wait
     try:
         with _disable_current_modes(), torch.no_grad():  # the question may come while shapes are traced
             return _launch(device)
-    except Exception as error:  # no compiler, an unwritable cache, a missing library, no memory: all end here
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, an unwritable cache, a missing library: all end here
         lines = str(error).strip().splitlines() or [""]
         return f"Triton can't run here: {type(error).__name__}: {lines[0][:200]}"
+    finally:
+        if watched:
+            torch.cuda.set_sync_debug_mode(watched)
 
 
 def _launch(device: torch.device) -> str | None:
@@ -41,11 +52,11 @@ def _launch(device: torch.device) -> str | None:
     from . import orthogonality
 
     rows = 16
-    weight = 2 * torch.eye(rows, device=device)
+    weight = 2 * torch.eye(rows, dtype=torch.float32, device=device)
     arguments = (Layer((rows, rows), (), (), 1, "isonet"),), (1.0,), None
     offsets = shard(arguments[0], 0, 1)
     loss, _, saved = orthogonality.forward([weight], *arguments, offsets, True)
-    (grad,) = orthogonality.backward(torch.ones((), device=device), saved, [weight], *arguments, offsets)
+    (grad,) = orthogonality.backward(torch.ones_like(loss), saved, [weight], *arguments, offsets)
     if loss.item() != rows * 4.5 or not torch.equal(grad, 6 * weight):
         return f"the Triton kernels computed {loss.item()} where {rows * 4.5} is right"
     return None

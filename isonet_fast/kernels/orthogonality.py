@@ -134,7 +134,7 @@ def accumulate_grad_(
         if [g.dtype for g in grads].count(torch.float32) == len(grads):
             _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=float(scale))
         else:  # half precision: formed in float32, added with one rounding
-            factor = torch.full((), scale, device=tables.device)
+            factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
             layout, flat = _grad_to_flat(tables, weights, saved, coefficients, factor, stream)
             for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
                 grad.add_(addend)
@@ -161,9 +161,9 @@ def _forward(
     hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
     lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
     residual = torch.empty(plan.residual_shape if save else (1, 128), dtype=dtype, device=device)
-    partials = torch.empty(max(1, plan.partials), device=device)
-    losses = torch.empty(len(weights), device=device)
-    loss = torch.empty((), device=device)
+    partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
+    losses = torch.empty(len(weights), dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
     arguments: tuple
     if len(plan.pack_tiles):
         arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
@@ -186,7 +186,7 @@ def _grad_to_flat(
     factor: Tensor, stream: Any,
 ) -> tuple[Flat, Tensor]:  # fmt: skip
     layout, view = tables.flat(weights)
-    flat = torch.empty(layout.size, device=tables.device)
+    flat = torch.empty(layout.size, dtype=torch.float32, device=tables.device)
     _grad(tables, saved, view.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
     return layout, flat
 

@@ -59,7 +59,7 @@ class Packed:
     def merged(self) -> int:
         """Groups per block."""
         layer = self.layer
-        return max(1, min(layer.groups, ROW_BLOCK // max(layer.rows, layer.columns)))
+        return max(1, min(layer.groups, ROW_BLOCK // max(layer.rows, layer.columns, 1)))
 
     @cached_property
     def blocks(self) -> int:
@@ -230,7 +230,7 @@ class Plan:
     @staticmethod
     def _product(*axes: Sequence[int] | range) -> list[np.ndarray]:
         """Every combination, the last axis fastest, as one flat array per axis."""
-        return [a.ravel() for a in np.meshgrid(*map(np.asarray, axes), indexing="ij")]
+        return [a.ravel() for a in np.meshgrid(*(np.asarray(a, np.int64) for a in axes), indexing="ij")]
 
     def _pack_rows(self, n: int) -> np.ndarray:
         """layer, block, first row, first column, row in `planes` at tap 0, column there, taps, rows per tap"""
@@ -328,7 +328,7 @@ class Plan:
         key = p.layer.shape, p.layer.stride, p.layer.dilation, p.layer.penalty, p.offsets, p.padded, p.merged
         if key not in cache:
             cache[key] = [_append_runs(p, u, runs) for u in itertools.product(*map(range, p.kernel))]
-        ranges = np.array(cache[key])
+        ranges = np.array(cache[key], np.int64).reshape(-1, 3)
         block, tap, row, column = self._product(
             range(p.blocks),
             range(p.layer.taps),

@@ -68,6 +68,7 @@ class View(NamedTuple):
     addresses: list[int]
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
+    rows: np.ndarray
     table: Table
 
 
@@ -103,8 +104,11 @@ class Tables:
                 return known.table.on(stream)
             if capturing(self.device):
                 return self._moved(role, known, addresses, stream)
-        table = Table(self._rows(addresses, strides, dtypes, role == "read"), self.device)
-        self._views[role] = View(addresses, strides, dtypes, table)
+            rows = known.rows  # gradients come and go with every step
+        else:
+            rows = self._rows(strides, dtypes)
+        table = self._placed(rows, addresses, role == "read")
+        self._views[role] = View(addresses, strides, dtypes, rows, table)
         return table.on(stream)
 
     def _moved(self, role: str, known: View, addresses: list[int], stream: torch.cuda.Stream | None) -> Tensor:
@@ -122,25 +126,30 @@ class Tables:
         flat = lay_out(weights)
         if self._flat is None or self._flat[0] is not flat:
             addresses, strides = [p.at * 4 for p in flat.places], [p.strides for p in flat.places]
-            rows = self._rows(addresses, strides, [torch.float32] * len(weights), False)
-            self._flat = flat, Table(rows, self.device)
+            rows = self._rows(strides, [torch.float32] * len(weights))
+            self._flat = flat, self._placed(rows, addresses, False)
         return self._flat
 
-    def _rows(self, addresses: list, strides: list, dtypes: list, reading: bool) -> np.ndarray:
-        """A view: one row per tensor, as int64."""
+    def _rows(self, strides: list, dtypes: list) -> np.ndarray:
+        """A view of tensors wherever they are: one row each."""
         rows = self._static.copy()
-        rows["address"] = addresses
         for n, (row, layer, stride, dtype) in enumerate(zip(rows, self.plan.layers, strides, dtypes, strict=True)):
             if sum((k - 1) * abs(s) for k, s in zip(layer.shape, stride, strict=True)) >= 2**31:
                 raise ValueError(f"weight {n}, strides {stride}, spans more elements than 32-bit offsets can name")
             outputs, inputs, *taps = stride
             row["group_stride"] = layer.shape[0] // layer.groups * outputs
             row["row_stride"], row["column_stride"] = (inputs, outputs) if layer.transposed else (outputs, inputs)
-            row["tap_strides"][3 - len(taps) :] = taps
+            sizes = layer.shape[2:]  # a dimension of size 1 has no stride to speak of
+            row["tap_strides"][3 - len(taps) :] = [s if k > 1 else 0 for s, k in zip(taps, sizes, strict=True)]
             row["dtype"] = DTYPES[dtype]
             _flatten(row, layer, stride)
+        return rows
+
+    def _placed(self, rows: np.ndarray, addresses: list[int], reading: bool) -> Table:
+        """The view of tensors at these addresses, on the device."""
+        rows["address"] = addresses
         self._choose_path(rows, reading)
-        return rows.view(np.int64).reshape(len(rows), -1)
+        return Table(rows.view(np.int64).reshape(len(rows), -1), self.device)
 
     def _choose_path(self, rows: np.ndarray, reading: bool) -> None:
         """Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where a side is

@@ -22,10 +22,12 @@ from ._library import implement, library, ops
 
 # problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch. The backward
 # returns a buffer per dtype (flat.py): what an op returns must not share memory.
-library.define("orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])")
-library.define(
-    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
-)
+# Under torch.compile(mode="reduce-overhead") both stay between the graphs: their tables outlive a graph's memory.
+for _schema in (
+    "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])",
+    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]",
+):
+    library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
 
 
 class Problem:

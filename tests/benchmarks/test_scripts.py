@@ -66,7 +66,7 @@ def test_dry_run_of_the_host(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=rows.ROOT)
     assert run.returncode == 0, run.stderr
     written = rows.read(pathlib.Path(run.stdout.strip()).parent)
-    assert [row["mode"] for row in written] == ["accumulate_grad_", "loss", "gradient"]
+    assert [row["mode"] for row in written] == ["accumulate_grad_", "accumulate_grad_ moved", "loss", "gradient"]
     assert all(0 < float(row["p50_ms"]) for row in written)
 
 

@@ -153,11 +153,60 @@ def test_channels_last(name, device):
     assert max(check(*make(CASES[name], device, layout=torch.channels_last))) <= LOSS[None]
 
 
-def test_whole_tiles_are_stored_in_vectors(device):
-    """Both 16-byte paths: contiguous columns, and contiguous rows of a transposed layer."""
-    cases = [((64, 128, 1, 1), 1, 1, 1, "isonet"), ((128, 64, 1, 1), 1, 1, 1, "isonet")]
-    assert max(check(*make(cases, device))) <= LOSS[None]
-    check(*make([((256, 128, 1), 1, 1, 1, "isonet"), ((128, 256, 1), 1, 1, 1, "isonet")], device))
+@pytest.mark.parametrize(
+    ("shapes", "layout", "paths"),
+    [
+        ([(64, 128, 1, 1), (128, 64, 1, 1)], torch.contiguous_format, [1, 2]),
+        ([(64, 128, 1, 3), (128, 64, 1, 3)], torch.channels_last, [1, 2]),
+        ([(256, 128, 1), (128, 256, 1)], torch.contiguous_format, [2, 1]),
+    ],
+)
+def test_whole_tiles_are_stored_in_vectors(shapes, layout, paths, device):
+    """Both 16-byte paths, stored and added to: contiguous columns (1), and contiguous rows (2)."""
+    from isonet_fast.kernels import orthogonality as kernels
+    from isonet_fast.kernels.layout import VIEW
+
+    layers, weights = make([(shape, 1, 1, 1, "isonet") for shape in shapes], device, layout=layout)
+    assert max(check(layers, weights)) <= LOSS[None]
+    tables = kernels._prepare(weights, layers, None, shard(layers, 0, 1))
+    path = VIEW.fields["path"][1] // 8
+    assert tables.flat(weights)[1].tensor[:, path].tolist() == paths
+    aligned = [torch.ones_like(w) for w in weights]
+    elsewhere = [torch.ones(w.numel() + 1, device=device)[1:].as_strided(w.shape, w.stride()) for w in weights]
+    for grads, chosen in ((aligned, paths), (elsewhere, [0, 0])):
+        kernels.accumulate_grad_(weights, grads, layers, (1.0, 1.0), None, shard(layers, 0, 1), 0.5)
+        assert tables._views["add"].table.tensor[:, path].tolist() == chosen
+        for weight, layer, grad in zip(weights, layers, grads, strict=True):
+            assert relative(2 * (grad - 1), expected(weight, layer)[1]) <= GRADIENT[None]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (4, 0, 3, 3), (4, 4, 0, 3), (0, 0)])
+def test_an_empty_weight_beside_another(shape, device):
+    from isonet_fast.kernels import orthogonality as kernels
+
+    layers, weights = make([(shape, 1, 1, 1, "isonet"), CASES["1x3"][0]], device)
+    arguments = layers, (1.0, 1.0), None, shard(layers, 0, 1)
+    _, losses, saved = kernels.forward(weights, *arguments, True)
+    empty, grad = kernels.backward(torch.ones((), device=device), saved, weights, *arguments)
+    assert losses[0].item() == reference.orthogonality_loss(weights[0]).item() and empty.shape == shape
+    assert relative(grad, expected(weights[1], layers[1])[1]) <= GRADIENT[None]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_plays_no_part(default, device):
+    from isonet_fast.kernels import orthogonality as kernels
+
+    layers, weights = make(CASES["1-d"][:1] + CASES["matrix"][:1], device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert max(check(layers, weights)) <= LOSS[None]
+        grads = [torch.zeros_like(w, dtype=torch.bfloat16) for w in weights]
+        kernels.accumulate_grad_(weights, grads, layers, (1.0, 1.0), None, shard(layers, 0, 1), 1.0)
+    finally:
+        torch.set_default_dtype(before)
+    for weight, layer, grad in zip(weights, layers, grads, strict=True):
+        assert relative(grad, expected(weight, layer)[1]) <= GRADIENT[None] + 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
