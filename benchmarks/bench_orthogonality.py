@@ -11,6 +11,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,9 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     cases = []
     first = "loss+gradient graph" if session.cuda else "loss+gradient"  # the mode that has a target
     for name in networks:
-        if not session.late(name):
-            cases.append(Case(session, name, providers.build(name), repo))
-            cases[-1].compare(first)
+        for case in made(session, name, repo=repo):
+            cases.append(case)
+            case.compare(first)
     if session.cuda or not session.quick:
         fewest = sorted(cases, key=lambda case: len(case.weights))  # they compile fastest
         for case in fewest[: 2 if session.quick else None]:
@@ -209,21 +210,31 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     others = ["loss+gradient", "loss"] if session.cuda else ["loss"]
     for mode, case in itertools.product(others, cases):
         case.compare(mode)
-    if session.cuda and not session.late("NCHW"):
-        Case(session, networks[0], providers.build(networks[0]), layout="nchw").compare(first)
+    if session.cuda:
+        for case in made(session, networks[0], layout="nchw"):
+            case.compare(first)
     run_layers(session, first)
     if session.quick and not session.cuda:
         for name in ("isonet18", "risonet50"):  # last: the official form takes seconds
-            if not session.late(name, needed=30.0):
-                Case(session, name, providers.build(name), repo).compare(first)
+            for case in made(session, name, needed=30.0, repo=repo):
+                case.compare(first)
     return session
+
+
+def made(
+    session: Session, name: str, module: nn.Module | None = None, needed: float = 0.0, **options: Any
+) -> list[Case]:
+    """The case of a network (or of a layer, `module`); [] where there is no time or no memory for it."""
+    if session.late(name, needed):
+        return []
+    return session.attempt(name, lambda: [Case(session, name, module or providers.build(name), **options)])
 
 
 def run_layers(session: Session, mode: str) -> None:
     few = ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS
     for name, module in layer_shapes(few).items():
-        if not session.late(name):
-            Case(session, name, module).compare(mode)
+        for case in made(session, name, module):
+            case.compare(mode)
 
 
 if __name__ == "__main__":

@@ -139,15 +139,17 @@ def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[]
 
         def forward() -> None:
             with torch.no_grad():
-                for inputs in sets:
-                    function(*inputs.arguments)
+                kept = [function(*inputs.arguments) for inputs in sets]  # else each would find its block in the cache
+            del kept
 
         return forward
     if mode == "forward+backward":
 
         def both() -> None:
+            kept = []
             for inputs in sets:
-                torch.autograd.grad(function(*inputs.arguments), inputs.arguments, inputs.grad)
+                output = function(*inputs.arguments)
+                kept.append((output, torch.autograd.grad(output, inputs.arguments, inputs.grad)))
 
         return both
     outputs: list[Tensor] = []
@@ -155,8 +157,9 @@ def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[]
     def backward() -> None:
         if not outputs:
             outputs.extend(function(*inputs.arguments) for inputs in sets)
+        kept = []
         for output, inputs in zip(outputs, sets, strict=True):
-            torch.autograd.grad(output, inputs.arguments, inputs.grad, retain_graph=True)
+            kept.append(torch.autograd.grad(output, inputs.arguments, inputs.grad, retain_graph=True))
 
     return backward
 

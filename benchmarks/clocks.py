@@ -106,8 +106,9 @@ class CudaClock(Clock):
                 call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves its own current
+            with torch.cuda.graph(graph, stream=stream):
+                call()
         torch.cuda.synchronize()
 
         def replay(keep: Call = call) -> None:  # the call owns the buffers that the graph reads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import tempfile
@@ -11,10 +12,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from isonet_fast import kernels
+from isonet_fast.ops import _library
 
 from . import STARTED, rows
 from .clocks import Call, Clock, CudaClock
@@ -22,6 +26,7 @@ from .clocks import Call, Clock, CudaClock
 QUICK = 110.0  # seconds of `--quick` on a CPU, unless it is told otherwise
 ROUNDS = 25  # samples of each provider, at most
 SECONDS = {"cpu": 2.0, "cuda": 1.0}  # for the samples of one group, unless three rounds take longer
+Built = TypeVar("Built")
 
 
 @dataclass
@@ -67,27 +72,48 @@ def percentiles(samples: Sequence[float]) -> Timing:
     return Timing(at(0.5), at(0.2), at(0.8))
 
 
-def interleave(clock: Clock, calls: dict[str, Call], seconds: float, rounds: int, how: str = "sample") -> dict:
+def interleave(
+    clock: Clock,
+    calls: dict[str, Call],
+    seconds: float,
+    rounds: int,
+    how: str = "sample",
+    failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Timing]:
     """Samples of every call: one of each per round, each round starting with another one.
 
     At least three rounds, then until `rounds` or `seconds` are reached. Uncounted samples before them set how often
-    a call is repeated in one. how: "sample", "cold" or "host", as in `Clock`.
+    a call is repeated in one. how: "sample", "cold" or "host", as in `Clock`. A call that raises is told to `failed`
+    and left out.
     """
-    sample = getattr(clock, how)
-    repeats = {}
-    for name, call in calls.items():
-        once = sample(call, 1)
-        if once < 100:  # the first is slower than the rest; a long call is not worth another
-            once = sample(call, 1)
-        repeats[name] = max(1, min(1000, math.ceil(clock.sample_ms / max(once, 1e-6))))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+
+    def sample(name: str, repeats: int) -> float:
+        try:
+            return getattr(clock, how)(calls[name], repeats)
+        except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
+            if failed is None:
+                raise
+            failed(name, problem_met)
+            del samples[name]
+            return math.nan
+
+    repeats = {}
+    for name in calls:
+        once = sample(name, 1)
+        if once < 100:  # the first is slower than the rest; a long call is not worth another
+            once = sample(name, 1)
+        if name in samples:
+            repeats[name] = max(1, min(1000, math.ceil(clock.sample_ms / max(once, 1e-6))))
     start = clock.now()
     for n in range(rounds):
-        if n >= 3 and clock.now() - start > seconds:
+        if not samples or (n >= 3 and clock.now() - start > seconds):
             break
+        names = list(samples)
         for name in names[n % len(names) :] + names[: n % len(names)]:
-            samples[name].append(sample(calls[name], repeats[name]))
+            taken = sample(name, repeats[name])
+            if name in samples:
+                samples[name].append(taken)
     return {name: percentiles(values) for name, values in samples.items()}
 
 
@@ -124,8 +150,16 @@ class Session:
         self._matmul: dict[torch.dtype, float] = {}
         self.say(f"isonet_fast from {_origin()}, torch {torch.__version__}, {rows.machine(self.device.type)['device']}")
         if cuda:
+            self._demand_kernels()
             torch.backends.cudnn.benchmark = True  # as the official training script does
             self._raise_clocks()
+
+    def _demand_kernels(self) -> None:
+        """Nothing else may be timed under our name."""
+        streaming = None if _library.compiled_for("cuda") else _library.why_not_compiled or "built without nvcc"
+        for what, why in (("SReLU", streaming), ("the penalty", kernels.unavailable(self.device))):
+            if why:
+                raise SystemExit(f"isonet_fast has no CUDA kernel for {what} here: {why}")
 
     def _raise_clocks(self) -> None:
         """Half a second of work: an idle GPU starts at a low clock rate."""
@@ -167,15 +201,15 @@ class Session:
         if not ready:
             return {}
         seconds, rounds = (0.0, 2) if self.dry else (seconds or SECONDS[self.device.type], ROUNDS)
-        try:
-            timings = interleave(self.clock, {p: c.run for p, (c, _) in ready.items()}, seconds, rounds, how)
-        except RuntimeError as problem_met:  # out of memory, a launch that fails
-            self._failed(problem, "every provider", problem_met)
+        calls, failed = {p: c.run for p, (c, _) in ready.items()}, functools.partial(self._failed, problem)
+        timings = interleave(self.clock, calls, seconds, rounds, how, failed)
+        if not timings:
             return {}
         timings = {p: Timing(*(t / ready[p][0].calls for t in timing)) for p, timing in timings.items()}
         stamp = {**rows.machine(self.device.type), "utc": rows.utc()}
         written = []
-        for provider, (contender, (wrong, peak)) in ready.items():
+        for provider in timings:
+            contender, (wrong, peak) = ready[provider]
             bound = next((c for c in contenders if c.provider == limit and limit in timings), None)
             rate = _share(contender, timings[provider], bound, timings[bound.provider] if bound else limit)
             numbers = _numbers(contender, timings[provider], rate, wrong, peak)
@@ -205,8 +239,8 @@ class Session:
             traceback.print_exception(problem_met)
         self.clock.release()
 
-    def attempt(self, what: str, build: Callable[[], list[Contender]]) -> list[Contender]:
-        """The contenders that `build` makes; [], reported, where it fails."""
+    def attempt(self, what: str, build: Callable[[], list[Built]]) -> list[Built]:
+        """What `build` makes; [], reported, where it fails."""
         try:
             return build()
         except Exception as problem_met:  # as in _check

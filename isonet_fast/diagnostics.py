@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .functional import orthogonality_loss
 from .nn.conv import _Orthogonal
@@ -102,6 +101,8 @@ def isometry_report(model: nn.Module, input_size: Sequence[int]) -> Report:
     dimension, which samples the same spectrum) `singular_values` is computed. The penalty is the layer's own ("isonet"
     for plain convolutions). Shows its progress; parametrized weights are left out.
     """
+    from tqdm import tqdm  # the package itself needs nothing but PyTorch
+
     layers = {
         name: module
         for name, module in model.named_modules()

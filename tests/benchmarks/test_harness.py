@@ -117,6 +117,23 @@ def test_a_wrong_or_failing_provider_is_reported_and_not_timed(session, fake, ca
     assert session.finish() == 3
 
 
+def test_a_provider_that_fails_while_it_is_timed_leaves_the_others(session, fake, capsys):
+    def broken(at):
+        calls = itertools.count(1)
+
+        def fails():  # the first two calls are not timed
+            if next(calls) == at:
+                raise MemoryError("none left")
+
+        return Contender("broken", fails)
+
+    good = [Contender(name, fake.call(name, 1)) for name in ("first", "last")]
+    session.compare(PROBLEM, [good[0], broken(5), good[1]])
+    assert [row["provider"] for row in written(session)] == ["first", "last"]
+    assert "broken: MemoryError: none left\n" in capsys.readouterr().err and session.finish() == 3
+    assert session.compare(PROBLEM, [broken(3)]) == {} and len(written(session)) == 2
+
+
 def test_nothing_is_started_after_the_budget(fake, capsys):
     session = Session("test", parser("").parse_args(["--dry-run", "--budget", "-1"]))
     assert session.compare(PROBLEM, [Contender("a", fake.call("a", 1))]) == {}
