@@ -226,7 +226,8 @@ class Session:
             if wrong is not None and not wrong <= tolerance:
                 raise ArithmeticError(f"error {wrong:.3g} against float64, at most {tolerance:.3g} is allowed")
             contender.run()  # what is tuned or allocated at the first call is not the call's peak
-            return wrong, self.clock.peak(contender.plain or contender.run) + contender.resident
+            peak = self.clock.peak(contender.plain or contender.run) // contender.calls
+            return wrong, peak + contender.resident
         except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
             self._failed(problem, contender.provider, problem_met)
             return None

@@ -56,7 +56,10 @@ def _matrix(device: torch.device) -> str:
     if device.type != "cuda":
         small = "C++ kernel (csrc) for small float32 layers, otherwise " if _library.compiled_for(device.type) else ""
         return f"{small}closed form, one GEMM per offset"
-    why = kernels.unavailable(device)
+    try:
+        why = kernels.unavailable(device)
+    except torch.cuda.OutOfMemoryError:
+        return "not known: no memory is left to try the Triton kernels"
     return f"closed form, one GEMM per offset: {why}" if why else "Triton kernels"
 
 

@@ -11,17 +11,17 @@ _reasons: dict[torch.device, str | None] = {}
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the Triton kernels can't serve this device, or None. The first question launches the kernels once."""
+    """Why the Triton kernels can't serve this device, or None. The first question launches the kernels once.
+
+    Raises torch.cuda.OutOfMemoryError where that finds no memory: it would say nothing of the next time.
+    """
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA device, not {device.type}"
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     if device not in _reasons:
         if torch.cuda.is_current_stream_capturing():
             return "the Triton kernels were not tried before this CUDA graph capture"
-        try:
-            _reasons[device] = _probe(device)
-        except torch.cuda.OutOfMemoryError:  # says nothing of the next time
-            return "the device had no memory left to try the Triton kernels"
+        _reasons[device] = _probe(device)
     return _reasons[device]
 
 

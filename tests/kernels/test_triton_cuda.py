@@ -4,7 +4,7 @@ tests run there too."""
 import pytest
 import torch
 
-from isonet_fast import kernels
+from isonet_fast import environment, kernels
 from isonet_fast.geometry import Layer, shard
 
 LAYERS = (Layer((64, 64, 3, 3), (1, 1), (1, 1), 1, "isonet"), Layer((256, 128, 1, 1), (1, 1), (1, 1), 1, "isonet"))
@@ -115,6 +115,17 @@ def test_reasons_are_given_without_a_gpu(monkeypatch):
     assert kernels.unavailable(device).endswith(
         "Failed to find C compiler. Please specify via CC environment variable."
     )
+    monkeypatch.setattr(kernels, "_reasons", {})
+
+    def full(_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "_launch", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # a loss by the closed form, its gradient by the kernels: no
+        kernels.unavailable(device)
+    assert environment._matrix(device).startswith("not known")
+    monkeypatch.setattr(kernels, "_launch", lambda _: None)
+    assert kernels.unavailable(device) is None
     monkeypatch.setattr(kernels, "_reasons", {})
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "ROCm" in kernels.unavailable(device)
