@@ -1,12 +1,19 @@
 """One suite for every device: `pytest --device cuda` runs, on that device, the tests that take `device`."""
 
+import hashlib
 import os
+import pathlib
 
 import pytest
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:  # set before torch is imported, and inherited by the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
+# Inductor's cache knows ops by their schemas: what it kept for other sources of this package is not for these.
+SOURCES = sorted(pathlib.Path(__file__).parents[1].glob("isonet_fast/**/*.py"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", DIGEST)
 
 # An op that returns its input, or two views of one buffer, fails here as it will in a later PyTorch.
 os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")

@@ -21,7 +21,8 @@ from . import closed_form, small_layers
 from ._library import implement, library, ops
 
 # problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch. The backward
-# returns a buffer per dtype (flat.py): what an op returns must not share memory.
+# returns a buffer per dtype (flat.py): what an op returns must not share memory. A later version whose
+# op returns other shapes must rename it: Inductor's cache on a user's disk knows an op by its name and schema alone.
 # Under torch.compile(mode="reduce-overhead") both stay between the graphs: their tables outlive a graph's memory.
 for _schema in (
     "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])",
