@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     cases = []
     first = "loss+gradient graph" if session.cuda else "loss+gradient"  # the mode that has a target
     for name in networks:
-        for case in made(session, name, repo=repo):
+        for case in session.case(name, functools.partial(network, session, name, repo)):
             cases.append(case)
             case.compare(first)
     if session.cuda or not session.quick:
@@ -211,29 +211,24 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     for mode, case in itertools.product(others, cases):
         case.compare(mode)
     if session.cuda:
-        for case in made(session, networks[0], layout="nchw"):
+        for case in session.case("NCHW", functools.partial(network, session, networks[0], layout="nchw")):
             case.compare(first)
     run_layers(session, first)
     if session.quick and not session.cuda:
         for name in ("isonet18", "risonet50"):  # last: the official form takes seconds
-            for case in made(session, name, needed=30.0, repo=repo):
+            for case in session.case(name, functools.partial(network, session, name, repo), needed=30.0):
                 case.compare(first)
     return session
 
 
-def made(
-    session: Session, name: str, module: nn.Module | None = None, needed: float = 0.0, **options: Any
-) -> list[Case]:
-    """The case of a network (or of a layer, `module`); [] where there is no time or no memory for it."""
-    if session.late(name, needed):
-        return []
-    return session.attempt(name, lambda: [Case(session, name, module or providers.build(name), **options)])
+def network(session: Session, name: str, repo: providers.OfficialRepo | None = None, **options: Any) -> Case:
+    return Case(session, name, providers.build(name), repo, **options)
 
 
 def run_layers(session: Session, mode: str) -> None:
     few = ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS
     for name, module in layer_shapes(few).items():
-        for case in made(session, name, module):
+        for case in session.case(name, functools.partial(Case, session, name, module)):
             case.compare(mode)
 
 

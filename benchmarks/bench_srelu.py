@@ -135,12 +135,14 @@ def check(function: Callable, inputs: Inputs, op: str) -> float:
 
 
 def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[], None]:
+    """One call per set, whose results are kept: a freed one would leave its block, in the cache, to the next."""
     if mode == "forward":
 
         def forward() -> None:
+            kept = []
             with torch.no_grad():
-                kept = [function(*inputs.arguments) for inputs in sets]  # else each would find its block in the cache
-            del kept
+                for inputs in sets:
+                    kept.append(function(*inputs.arguments))
 
         return forward
     if mode == "forward+backward":

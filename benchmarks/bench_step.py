@@ -35,8 +35,8 @@ class Case(NamedTuple):
         return int(self.network.rpartition("isonet")[2] or 0) if "isonet" in self.network else 0
 
     @property
-    def resnet(self) -> nn.Module | None:
-        """The network with BatchNorm that it is compared with, if any."""
+    def resnet(self) -> Callable[[], nn.Module] | None:
+        """What makes the network with BatchNorm that it is compared with, if any."""
         return torchvision_resnet(self.depth) if self.depth else None
 
     def __str__(self) -> str:
@@ -86,12 +86,12 @@ class Benchmark:
             network = self.repo.network(self.case.network, model).to(memory_format=self.layout)
             return Step(network, half, self.repo.penalty)
         if provider.startswith("resnet"):
-            resnet = self.case.resnet
-            if resnet is None:
+            make = self.case.resnet
+            if make is None:
                 if self.case.depth:
                     self.session.say(f"left out: {provider} beside {self.case}, as torchvision is not installed")
                 return None
-            resnet = resnet.to(self.session.device, memory_format=self.layout)
+            resnet = make().to(self.session.device, memory_format=self.layout)
             return Step(resnet, half, wrap=self._compile_if("compile" in provider))
         if provider == "bare":
             return Step(bare(model), half)
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
     main_cases, rest = cases(session)
     for case in main_cases:
-        for benchmark in made(session, case, repo):
+        for benchmark in session.case(str(case), functools.partial(Benchmark, session, case, repo)):
             benchmark.compare(*EAGER)
             if args.profile:
                 for provider in ("official", "isonet_fast"):
@@ -165,21 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> Session:
         for case, provider in itertools.product(main_cases, COMPILED):  # one at a time: each may be the last
             if provider.startswith("resnet") and case.resnet is None:
                 continue
-            for benchmark in made(session, case, None, provider, needed=45.0 if session.cuda else 0.0):
+            build = functools.partial(Benchmark, session, case, None)
+            for benchmark in session.case(f"{case} {provider}", build, needed=45.0 if session.cuda else 0.0):
                 benchmark.compare("isonet_fast", provider)
     for case in rest:
-        for benchmark in made(session, case, repo, needed=10.0 if session.cuda else 0.0):
+        build = functools.partial(Benchmark, session, case, repo)
+        for benchmark in session.case(str(case), build, needed=10.0 if session.cuda else 0.0):
             benchmark.compare(*EAGER)
     return session
-
-
-def made(
-    session: Session, case: Case, repo: providers.OfficialRepo | None, provider: str = "", needed: float = 0.0
-) -> list[Benchmark]:
-    """The benchmark of a case; [] where there is no time or no memory for it."""
-    if session.late(f"{case} {provider}".strip(), needed):
-        return []
-    return session.attempt(str(case), lambda: [Benchmark(session, case, repo)])
 
 
 if __name__ == "__main__":

@@ -156,8 +156,7 @@ class Session:
 
     def _demand_kernels(self) -> None:
         """Nothing else may be timed under our name."""
-        streaming = None if _library.compiled_for("cuda") else _library.why_not_compiled or "built without nvcc"
-        for what, why in (("SReLU", streaming), ("the penalty", kernels.unavailable(self.device))):
+        for what, why in (("SReLU", _library.why_not("cuda")), ("the penalty", kernels.unavailable(self.device))):
             if why:
                 raise SystemExit(f"isonet_fast has no CUDA kernel for {what} here: {why}")
 
@@ -247,6 +246,10 @@ class Session:
         except Exception as problem_met:  # as in _check
             self._failed(Problem(what, "", "", ""), "building it", problem_met)
             return []
+
+    def case(self, what: str, build: Callable[[], Built], needed: float = 0.0) -> list[Built]:
+        """The case that `build` makes; [] where there is no time for it, or where that fails."""
+        return [] if self.late(what, needed) else self.attempt(what, lambda: [build()])
 
     def matmul_tflops(self, dtype: torch.dtype) -> float:
         """The machine's matrix rate in this run: a large product, measured once and recorded."""

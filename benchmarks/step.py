@@ -111,10 +111,10 @@ def flops(model: nn.Module, x: Tensor) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def torchvision_resnet(depth: int) -> nn.Module | None:
-    """ResNet with BatchNorm; None where no torchvision fits this torch."""
+def torchvision_resnet(depth: int) -> Callable[[], nn.Module] | None:
+    """What makes a ResNet with BatchNorm; None where no torchvision fits this torch."""
     try:
         models = import_torchvision().models
     except ModuleNotFoundError:
         return None
-    return getattr(models, f"resnet{depth}")()
+    return getattr(models, f"resnet{depth}")

@@ -47,9 +47,9 @@ def _version(package: str) -> str:
 
 
 def _streaming(device: torch.device) -> str:
-    if _library.compiled_for(device.type):
-        return "CUDA kernels (csrc)" if device.type == "cuda" else "C++ kernels (csrc)"
-    return f"PyTorch: {_library.why_not_compiled or 'the compiled library has no kernels for this device'}"
+    if why := _library.why_not(device.type):
+        return f"PyTorch: {why}"
+    return "CUDA kernels (csrc)" if device.type == "cuda" else "C++ kernels (csrc)"
 
 
 def _matrix(device: torch.device) -> str:

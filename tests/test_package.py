@@ -119,11 +119,13 @@ def test_without_torch_the_error_names_pytorch():
     assert last.startswith("ModuleNotFoundError: isonet_fast needs PyTorch 2.11 or newer") and "pytorch.org" in last
 
 
-@pytest.mark.parametrize("package", ["sklearn", "matplotlib", "torchvision", "tqdm", "yaml"])
-def test_importing_needs_nothing_but_torch(package):
-    """Beside it, pip --no-deps may have installed nothing. (numpy comes with what torch itself imports.)"""
-    result = python(BLOCK.format(package=package) + "import isonet_fast")
-    assert result.returncode == 0, result.stderr
+def test_importing_needs_no_other_package():
+    """What commands need they import; pip --no-deps may have installed none. (torch imports tqdm itself if it can.)"""
+    code = (
+        "import isonet_fast; print([m for m in ('sklearn', 'matplotlib', 'torchvision', 'yaml') if m in sys.modules])"
+    )
+    result = python(BLOCK.format(package="tqdm") + code)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def imports(path):

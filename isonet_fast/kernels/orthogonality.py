@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..flat import Flat, lay_out
 from ..geometry import Layer
@@ -168,8 +169,8 @@ def _forward(
         arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
         launch("pack", _pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
     for tile, table in tables.gram.items():
-        box = tile.block, tile.chunk
-        arguments = (tables.boxes(hi, *box), tables.boxes(lo, *box), residual, partials, table.on(stream))
+        box = [tile.block, tile.chunk]
+        arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
         options = tiles.gram_options(plan.variant, tile, save)
         launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
     arguments = (
@@ -200,8 +201,13 @@ def _grad(
     runs, factors = tables.runs.on(stream), tables.coefficients(coefficients).on(stream)
     for tile, table in tables.grad.items():
         arguments = (
-            tables.boxes(residual, tile.rows, tile.depth), tables.boxes(residual, tile.depth, tile.rows),
-            tables.boxes(hi, tile.depth, tile.columns), flat, table.on(stream), runs, view, factors, grad_output, scale,
+            _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
+            _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), runs, view, factors, grad_output,
+            scale,
         )  # fmt: skip
         options = tiles.grad_options(plan.variant, tile, accumulate)
         tables.launches(("grad", tile, accumulate), _grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
+
+
+def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:
+    return TensorDescriptor.from_tensor(tensor, box) if plan.variant.tma else tensor

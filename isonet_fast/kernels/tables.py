@@ -7,12 +7,11 @@ tensor's address, strides or dtype changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..flat import Flat, lay_out
 from ..geometry import Layer
@@ -85,22 +84,10 @@ class Tables:
         self.ranges = Table(plan.partial_ranges, device)
         self.constants = Table(plan.constants, device)
         self.launches = Launches()
-        self._boxes: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._static = _static_columns(plan)
         self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}
         self._flat: tuple[Flat, Table] | None = None
-
-    def boxes(self, plane: Tensor, rows: int, columns: int) -> Any:
-        """A plane as kernels read it: in boxes of this size, or by a pointer."""
-        if not self.plan.variant.tma:
-            return plane
-        key = plane.shape[1], rows, columns
-        if key not in self._boxes:
-            self._boxes[key] = vars(TensorDescriptor.from_tensor(plane, [rows, columns])) | {"base": None}
-        descriptor = object.__new__(TensorDescriptor)  # what the constructor checks is the same at every call
-        descriptor.__dict__ = {**self._boxes[key], "base": plane}
-        return descriptor
 
     def coefficients(self, values: tuple[float, ...]) -> Table:
         if self._coefficients is None or self._coefficients[0] != values:

@@ -55,6 +55,13 @@ def implement(name: str) -> Callable:
     return register
 
 
+def why_not(device_type: str) -> str | None:
+    """Why the compiled library does not serve this device type, or None."""
+    if compiled_for(device_type):
+        return None
+    return why_not_compiled or "the compiled library has no kernels for this device"
+
+
 def compiled_for(device_type: str) -> bool:
     """Whether the compiled library holds kernels for this device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)

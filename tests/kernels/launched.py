@@ -1,6 +1,6 @@
 """Launch every kernel through Triton's own launchers and the null driver: `python launched.py 90` prints as JSON what
-each call launched, the kernels, and those of tools/lower_triton.py, by the hash of what was compiled. A process of its
-own (see tools/null_driver.py); both hashes are formed in it, since more than the kernel's source counts in them.
+each call launched, the kernels, and those of tools/lower_triton.py, by the hash of their PTX. A process of its own
+(see tools/null_driver.py).
 """
 
 import hashlib
