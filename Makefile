@@ -79,11 +79,12 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard CMakeLists.txt csrc
 	  >> $(VENV)/torch.txt
 	@echo "installing the rest and building the kernels"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt \
-	  'setuptools>=64' wheel ninja triton || echo "no Triton for this machine: its kernels are not tested"
-	@# kernels for a GPU are of use to a CUDA torch only
-	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)' \
-	  || export ISONET_FAST_CUDA=0; $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  triton || echo "no Triton for this machine: its kernels are not tested"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt \
+	  'setuptools>=64' wheel ninja $$(command -v cmake >/dev/null || echo cmake)
+	@export PATH="$(CURDIR)/$(BIN):$$PATH"; $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint $(VENV)/torch.txt --no-build-isolation --editable '.[demo,dev]'
+	@$(BIN)/isonet-fast info
 	@touch $@
 
 clean:  ## remove the environment and everything built

@@ -1,12 +1,9 @@
-"""Isometric networks (ISONet, R-ISONet) at full GPU speed: fused SReLU, the orthogonality penalty of a whole
-network in a few launches, layers, a regularizer, ready networks and a trainer."""
+"""Isometric networks (ISONet, R-ISONet) for PyTorch: fused SReLU, the orthogonality penalty of a whole network in a
+few launches, layers, a regularizer, ready networks and a trainer."""
 
-try:
-    import torch
-except ModuleNotFoundError as error:  # not a dependency: an install would pull gigabytes that few machines need
-    raise ModuleNotFoundError(
-        "isonet_fast needs PyTorch 2.11 or newer; install the build for your machine first (https://pytorch.org)"
-    ) from error
+from ._require_torch import require_torch
+
+require_torch()
 
 __version__ = "0.1.0"
 
@@ -42,4 +39,4 @@ __all__ = [
     "param_groups",
     "reference",
 ]
-del torch
+del require_torch

@@ -1,4 +1,4 @@
-"""The package as users meet it: public names, typing, imports with Triton or PyTorch missing."""
+"""The package as users meet it: public names, typing, imports with Triton or PyTorch missing or too old."""
 
 import ast
 import inspect
@@ -72,7 +72,7 @@ def test_all_names_everything_public_and_nothing_else():
     for name in isonet_fast.__all__:
         assert getattr(isonet_fast, name) is not None
     assert {name.split(".")[0] for name in NAMES} <= set(isonet_fast.__all__)
-    assert not hasattr(isonet_fast, "torch")
+    assert not {"torch", "require_torch"} & set(vars(isonet_fast))
 
 
 def test_is_typed():
@@ -112,11 +112,27 @@ assert "triton" not in sys.modules
     assert "orthogonality_loss on cpu" in result.stdout
 
 
-def test_without_torch_the_error_names_pytorch():
-    result = python(BLOCK.format(package="torch") + "import isonet_fast")
+def old_torch(version):
+    return f"import sys, types; sys.modules['torch'] = types.SimpleNamespace(__version__={version!r})\n"
+
+
+@pytest.mark.parametrize(
+    "before, kind",
+    [(BLOCK.format(package="torch"), "ModuleNotFoundError"), (old_torch("2.10.0+cpu"), "ImportError")],
+)
+def test_without_a_new_enough_torch_the_error_names_pytorch(before, kind):
+    result = python(f"{before}import isonet_fast")
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("ModuleNotFoundError: isonet_fast needs PyTorch 2.11 or newer") and "pytorch.org" in last
+    assert last.startswith(f"{kind}: isonet_fast needs PyTorch 2.11 or newer") and "https://pytorch.org" in last
+
+
+def test_without_torch_the_command_ends_with_one_line():
+    code = BLOCK.format(package="torch") + "sys.argv[0] = 'bin/isonet-fast'; import isonet_fast.__main__"
+    result = python(code)
+    assert result.returncode == 1
+    assert result.stderr.startswith("isonet-fast: isonet_fast needs PyTorch 2.11 or newer, it is not installed")
+    assert result.stderr.count("\n") == 1 and not result.stdout
 
 
 def test_importing_needs_no_other_package():

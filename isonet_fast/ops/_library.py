@@ -29,7 +29,9 @@ def _load() -> str | None:
     if torch.version.hip:
         return "ROCm: its devices are called cuda, but the kernels are CUDA's"
     if not COMPILED.exists():
-        return "built without the compiled kernels (pip install --no-build-isolation builds them)"
+        reason = COMPILED.with_suffix(".txt")  # written by setup.py
+        why = f": {reason.read_text(encoding='utf-8').strip()}" if reason.exists() else ""
+        return f"built without the compiled kernels{why} (pip install --no-build-isolation builds them)"
     try:
         torch.ops.load_library(COMPILED)
     except (OSError, RuntimeError) as error:
