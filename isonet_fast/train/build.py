@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
+import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,6 +27,23 @@ def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:
         return models.isonet_cifar(config.depth, config.residual, config.width, num_classes, in_channels)
     constructor = getattr(models, config.name)
     return constructor(num_classes=num_classes, in_channels=in_channels, dropout=config.dropout)
+
+
+def construct(name: str) -> nn.Module:
+    """The network that "module:function" returns, called without arguments; modules of the working directory count."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"--model must be module:function, for example networks:my_network, got {name!r}")
+    sys.path.insert(0, os.getcwd())  # as `python -m` has it; a console script does not
+    try:
+        model = operator.attrgetter(function)(importlib.import_module(module))()
+    except Exception as error:  # whatever somebody else's code raises
+        raise ValueError(f"--model {name} cannot be built: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {name} must return a torch.nn.Module, got {type(model).__name__}")
+    return model
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..models.load_official import read_checkpoint
+from ..safe_load import read_checkpoint
 from . import dcp
 from .distributed import Processes
 from .files import Damaged, discard, disk_errors_naming, replacing

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..models.load_official import read_checkpoint
+from ..safe_load import read_checkpoint
 from .files import Damaged, discard, disk_errors_naming, sync, temporary_beside
 
 if TYPE_CHECKING:

@@ -11,25 +11,27 @@ from torch import Tensor, nn
 
 from .. import diagnostics
 from ..models.isonet import BLOCKS, BOTTLENECK
-from ..models.load_official import official_state, read_checkpoint
+from ..models.load_official import load_weights
+from ..safe_load import few, weights_in
 from . import checkpoint, config, weights
-from .build import build_model, choose_device
+from .build import build_model, choose_device, construct
 from .config import Config, Model
 from .datasets import open_source
 from .loader import Loader
 from .validation import validate
 
+_OURS = {"format", "config", "model"}  # keys of a checkpoint of this trainer, among others
+
 
 def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str | None = None) -> dict[str, float]:
     """Evaluate the checkpoint at `path` (a file, or the directory of a run: its best.pt, else latest.pt).
 
-    The network is the one that the checkpoint says it is; an official checkpoint says it by its names and shapes.
+    The network is the one that the checkpoint says it is, or that its names and shapes tell (`recognise`). Every layout
+    of `models.load_official` is read.
     Prints and returns loss, top1 and top5 (percent), images and corrupt.
     """
     model, settled = network(path, [*settings, *([f"data.source={data}"] if data is not None else [])], preset)
-    classes, channels = (
-        model.get_parameter(name).shape[n] for n, name in enumerate(("head.fc.weight", "stem.conv.weight"))
-    )
+    classes, channels = _ends(model.state_dict(), path)
     source = open_source(settled.data, settled.seed, evaluating=True)
     if (source.num_classes, source.channels) != (classes, channels):
         raise ValueError(
@@ -47,23 +49,30 @@ def network(path: Path, settings: Sequence[str] = (), preset: str | None = None)
     """The network in a checkpoint (see `run`), with its weights, and the configuration that it was trained with."""
     state, base, path = _read(path)
     settled = config.load(preset, settings, base)
+    classes, channels = _ends(state, path)
     if base is None and preset is None:
         settled.model = recognise(state, path)
-    unusual = {"head.fc.weight", "stem.conv.weight"} - set(state)
-    if unusual:
-        raise ValueError(f"{path} holds no network of this package: no {', '.join(sorted(unusual))} in it")
-    model = build_model(settled.model, state["head.fc.weight"].shape[0], state["stem.conv.weight"].shape[1])
-    _fit(model, state, path)
+    model = build_model(settled.model, classes, channels)
+    load_weights(model, state, path)
     return model, settled
 
 
-def isometry(path: Path, size: int, preset: str | None = None) -> diagnostics.Report:
-    """`isonet-fast report`: the singular values of every convolution in a checkpoint, for images of size x size."""
+def isometry(path: Path, size: int, preset: str | None = None, constructor: str | None = None) -> diagnostics.Report:
+    """`isonet-fast report`: the singular values of every convolution in a checkpoint, for images of size x size.
+
+    constructor: "module:function" that returns the network, where it is none of this package.
+    """
     if size < 8:
         raise ValueError(f"--size must be at least 8, got {size}")
-    model, _ = network(path, preset=preset)
-    channels = model.get_parameter("stem.conv.weight").shape[1]
-    report = diagnostics.isometry_report(model, (channels, size, size))
+    if constructor is None:
+        model, _ = network(path, preset=preset)
+    elif preset is not None:
+        raise ValueError("--model builds the network; leave --config out")
+    else:
+        model = construct(constructor)
+        state, _, path = _read(path)
+        load_weights(model, state, path)
+    report = diagnostics.isometry_report(model, (_channels(model), size, size))
     print(report)
     return report
 
@@ -93,36 +102,46 @@ def _report(model: nn.Module, examples: Any, settled: Config, device: torch.devi
     return {**means, "images": sums.examples, "corrupt": len(corrupt)}
 
 
-def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any] | None, Path]:
+def _channels(model: nn.Module) -> int:
+    """Of the images: the input channels of the first convolution."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f"{type(model).__name__} has no Conv2d to report on")
+    return first.in_channels
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, Path]:
     """The weights, the configuration that they were trained with (None if it is not known), and where they lie."""
     if path.is_dir() and path.suffix != ".dcp":
         path = next(iter(checkpoint.find(path, "best", "latest")), path / "latest.pt")
-    if path.suffix == ".safetensors":
-        state, model = weights.read_safetensors(path)
-        return state, None if model is None else {"model": model}, path
-    contents: Any = {"format": None} if path.is_dir() else read_checkpoint(path)
-    if not isinstance(contents, Mapping) or "format" not in contents:
-        model = weights.described(contents) if isinstance(contents, Mapping) else None
-        return (official_state(contents, path), None, path) if model is None else (contents, {"model": model}, path)
-    contents = checkpoint.load(path)
-    return contents["model"], contents["config"], path
+    contents, model = (None, None) if path.is_dir() else weights.read(path)
+    if path.is_dir() or (isinstance(contents, Mapping) and _OURS <= contents.keys()):
+        contents = checkpoint.load(path)
+        return weights_in(contents, path), contents["config"], path
+    return weights_in(contents, path), None if model is None else {"model": model}, path
 
 
 def recognise(state: Mapping[str, Tensor], path: Path) -> Model:
-    """Which of the published networks an official checkpoint holds, by the names of its weights."""
+    """Which network of this package a state_dict holds, by the names of its weights."""
     blocks = [len({name.split(".")[1] for name in state if name.startswith(f"s{n}.")}) for n in range(1, 5)]
     bottleneck, residual = "s1.b1.f.c.weight" in state, "s1.b1.f.shared_scalar.scale" in state
     for depth, published in BLOCKS.items():
         if tuple(blocks) == published and bottleneck == (depth in BOTTLENECK):
             return Model(f"{'r' if residual else ''}isonet{depth}")
+    if blocks[0] and blocks == [blocks[0]] * 3 + [0] and not bottleneck:
+        return Model("isonet_cifar", None, 6 * blocks[0] + 2, residual, len(state["stem.conv.weight"]))
     raise ValueError(
-        f"{path} holds none of the published networks ({len(state)} weights, the first {next(iter(state))!r}); "
+        f"{path} holds none of the networks of this package ({len(state)} weights, the first {next(iter(state))!r}); "
         "say which one with --config"
     )
 
 
-def _fit(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
+def _ends(state: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
+    """How many classes the weights tell apart, in images of how many channels."""
+    stem, head = state.get("stem.conv.weight"), state.get("head.fc.weight")
+    if stem is None or head is None or stem.dim() != 4 or head.dim() != 2:
+        raise ValueError(
+            f"{path} holds no network of this package: expected stem.conv.weight with 4 dimensions and head.fc.weight "
+            f"with 2, found {few([f'{name} {tuple(value.shape)}' for name, value in state.items()])}"
+        )
+    return head.shape[0], stem.shape[1]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..safe_load import import_safetensors, read_checkpoint, read_safetensors
 from .config import Model
 from .files import replacing
 
@@ -28,39 +29,29 @@ def write(model: nn.Module, config: Model, path: Path) -> None:
             torch.save(state, temporary)
         else:
             tensors = {name: value.contiguous() for name, value in state.items()}
-            _safetensors().torch.save_file(tensors, temporary, {_KEY: json.dumps(dataclasses.asdict(config))})
+            import_safetensors().torch.save_file(tensors, temporary, {_KEY: json.dumps(dataclasses.asdict(config))})
 
 
 def check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file to write must end in {' or '.join(SUFFIXES)}, got {path}")
     if path.suffix == ".safetensors":
-        _safetensors()
+        import_safetensors()
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The weights and the configuration of their network; None where the file is not of `write`."""
-    safetensors = _safetensors()
+def read(path: Path) -> tuple[Any, dict[str, Any] | None]:
+    """What a file holds (`safe_load.read_checkpoint`), and the configuration of its network if `write` wrote it."""
+    if path.suffix == ".safetensors":
+        contents, metadata = read_safetensors(path)
+        return contents, _parsed(metadata.get(_KEY), path)
+    contents = read_checkpoint(path)
+    own = getattr(contents, "_metadata", None)  # of a state_dict: a dict by module
+    about = own.get("") if isinstance(own, Mapping) else None
+    return contents, about.get(_KEY) if isinstance(about, Mapping) else None
+
+
+def _parsed(text: str | None, path: Path) -> dict[str, Any] | None:
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
-    return tensors, None if about is None else json.loads(about)
-
-
-def described(contents: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The configuration of the network in what a .pt file of `write` holds; None for any other."""
-    return getattr(contents, "_metadata", {}).get("", {}).get(_KEY)
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            ".safetensors files need the package safetensors: pip install 'isonet_fast[export]'"
-        ) from error
-    return safetensors
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata {_KEY!r} must be JSON, found {text!r}") from error

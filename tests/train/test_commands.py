@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from isonet_fast import models
 from isonet_fast.train import checkpoint, evaluate
@@ -117,8 +119,80 @@ def test_an_official_checkpoint_is_evaluated(tmp_path: Path, capsys: pytest.Capt
     assert "tells 10 classes apart in images of 3 channels; digits has 10 classes and 1" in capsys.readouterr().err
 
 
-def test_weights_of_no_published_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_of_no_network_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.pt"
     torch.save({"net": {"module.a": torch.ones(1)}}, path)
     assert main(["evaluate", str(path), "--data", "digits"]) == 1
-    assert "holds none of the published networks (1 weights, the first 'a'); say which one" in capsys.readouterr().err
+    assert "holds no network of this package: expected stem.conv.weight with 4 dim" in capsys.readouterr().err
+    torch.save({"stem.conv.weight": torch.ones(1, 1, 1, 1), "head.fc.weight": torch.ones(1, 1)}, path)
+    assert main(["evaluate", str(path), "--data", "digits"]) == 1
+    assert "holds none of the networks of this package (2 weights, the first 'stem.conv" in capsys.readouterr().err
+
+
+# -- checkpoints of other layouts -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return models.isonet_cifar(8, width=4, in_channels=1).state_dict()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda state: dict(state),
+        lambda state: {"net": {f"module.{name}": value for name, value in state.items()}},
+        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}, "format": "theirs"},
+    ],
+)
+def test_every_command_reads_every_layout(
+    layout: Callable[..., dict], weights: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network of the CIFAR form is recognised too."""
+    path = tmp_path / "theirs.pt"
+    torch.save(layout(weights), path)
+    assert main(["evaluate", str(path), "--data", "digits", *words()]) == 0
+    assert "(360 images)" in capsys.readouterr().out
+    assert main(["report", str(path), "--size", "8"]) == 0
+    assert "s3.b1.f.b" in capsys.readouterr().out
+    assert main(["export", str(path), str(tmp_path / "ours.pt")]) == 0
+    exported = torch.load(tmp_path / "ours.pt", weights_only=True)
+    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+OWN = """
+from torch import nn
+def network():
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+def number():
+    return 3
+def failing():
+    raise KeyError(3)
+"""
+
+
+def test_report_on_a_network_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "networks_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    state = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).state_dict()
+    torch.save({"model": {f"module.{name}": value for name, value in state.items()}}, "mine.pt")
+    report = ["report", "mine.pt", "--size", "8", "--model"]
+    assert main([*report, "networks_of_mine:network"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["layer", "0", "2"]
+    for wrong, message in {
+        "networks_of_mine": "--model must be module:function, for example networks:my_network, got 'networks_of_mine'",
+        "absent:network": "--model absent:network cannot be built: ModuleNotFoundError: No module named 'absent'",
+        "networks_of_mine:absent": "cannot be built: AttributeError: module 'networks_of_mine' has no attribute",
+        "networks_of_mine:failing": "cannot be built: KeyError: 3",
+        "networks_of_mine:number": "must return a torch.nn.Module, got int",
+    }.items():
+        assert main([*report, wrong]) == 1
+        assert message in capsys.readouterr().err
+    assert main([*report, "networks_of_mine:network", "--config", "isonet50"]) == 1
+    assert "--model builds the network; leave --config out" in capsys.readouterr().err
+    torch.save({"0.weight": torch.ones(4, 2, 3, 3)}, "mine.pt")
+    assert main([*report, "networks_of_mine:network"]) == 1
+    assert "mine.pt does not fit this Sequential: missing 0.bias, 2.weight, 2.bias" in capsys.readouterr().err
