@@ -127,7 +127,7 @@ def test_a_configuration_that_would_run_code(
     value = tag.format(owned=owned)
     (tmp_path / "config.yaml").write_text(f"model:\n  name: {value}\n")
     preset = str(tmp_path / "config.yaml") if place == "file" else "isonet_digits"
-    words = [] if place == "file" else ["--set", f"model.name={value}"]
+    words = [] if place == "file" else ["--set", f"model.depth={value}"]
     assert main(["train", "--config", preset, "--output", str(tmp_path / "run"), *words]) == 1
     assert "is no valid YAML: could not determine a constructor for the tag" in capsys.readouterr().err
     assert not watched and not owned.exists()

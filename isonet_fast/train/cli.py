@@ -12,8 +12,10 @@ from typing import Any
 from .. import __version__, environment
 from . import config, demo, evaluate, launch
 from .divergence import Diverged
+from .files import user_path
 from .interrupts import Interrupted
 from .loader import WorkerDied
+from .terminal import lasting_output, printable
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,19 +26,19 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--epochs", type=int, default=20)
     add.add_argument("--lr", type=float, default=demo.LR, help="learning rate (default %(default)s)")
     add.add_argument("--seed", type=int, default=0)
-    add.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR")
+    add.add_argument("--output", type=_path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
     _add_train(commands)
     _add_evaluate(commands)
     add = commands.add_parser("report", help="how isometric a checkpoint is: singular values of every convolution")
-    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
     add.add_argument("--size", type=int, default=224, help="of the input images (default %(default)s)")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.add_argument("--model", metavar="MODULE:FUNCTION", help="what builds the network, where it is one of your own")
     add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config, args.model))
     add = commands.add_parser("export", help="the weights of a checkpoint alone, in one file")
-    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
-    add.add_argument("output", type=Path, metavar="OUT", help="OUT.pt, a plain state_dict, or OUT.safetensors")
+    add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("output", type=_path, metavar="OUT", help="OUT.pt, a plain state_dict, or OUT.safetensors")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.set_defaults(run=lambda args: evaluate.export(args.checkpoint, args.output, args.config))
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
@@ -47,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def _add_train(commands: Any) -> None:
     add = commands.add_parser("train", help="train a network of the paper, or your own configuration")
     add.add_argument("--config", metavar="NAME", help=f"a preset ({', '.join(config.presets())}) or a YAML file")
-    add.add_argument("--output", type=Path, metavar="DIR", help="where the run is kept (default runs/NAME)")
-    add.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR, from its last checkpoint")
+    add.add_argument("--output", type=_path, metavar="DIR", help="where the run is kept (default runs/NAME)")
+    add.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR, from its last checkpoint")
     _add_common(add)
     add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
     add.add_argument("--channels-last", action="store_true", help="the fast memory format on GPUs")
@@ -60,7 +62,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     add = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint, of ours or of the official code")
-    add.add_argument("checkpoint", type=Path, help="a file, or the directory of a run (its best checkpoint)")
+    add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     _add_common(add)
     add.set_defaults(run=lambda args: evaluate.run(args.checkpoint, args.data, launch.settings(args), args.config))
@@ -76,8 +78,20 @@ def _add_common(add: argparse.ArgumentParser) -> None:
     add.add_argument("--strict", action="store_true", help="a corrupt image is an error, not skipped")
 
 
+def _path(text: str) -> Path:
+    if not text:  # it would be the current directory
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return user_path(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    with lasting_output():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The exit code; an error is a line."""
     rank = int(os.environ.get("RANK", "0")) if args.command == "train" else 0
     who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
@@ -87,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Interrupted as stop:
         if not rank:  # every process stops
-            print(f"{who}: {stop}", file=sys.stderr)
+            print(f"{who}: {printable(str(stop))}", file=sys.stderr)
         return stop.code
     except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
         if not (rank and isinstance(error, Diverged)):  # so it does here
-            print(f"{who}: {error}", file=sys.stderr)
+            print(f"{who}: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0

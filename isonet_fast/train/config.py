@@ -1,7 +1,7 @@
 """What a training run is told: dataclasses, filled from a YAML preset, `--set` and the command line.
 
-Every key is known and typed; anything else is refused with the nearest known name. Read with yaml.safe_load: a
-configuration holds values and runs nothing.
+Every key is known and typed; anything else is refused with the nearest known name. A configuration holds values and
+runs nothing (`plain_yaml`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
+from ..geometry import PENALTIES
+from . import plain_yaml
+from .files import user_path
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+_LARGEST_SEED = 2**40  # the data and their order are seeded with about a million times this, in 64 bits
 
 
 @dataclass
@@ -101,22 +104,18 @@ def presets() -> list[str]:
 def load(preset: str | None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
     """A configuration: defaults, then `base` (of a checkpoint), then a preset or YAML file, then `a.b=value` settings.
 
+    A value is YAML. Where the key holds text, as data.source does, it is taken literally, unless it is in quotes.
+
     Raises ValueError for an unknown preset, an unknown key (naming the nearest known one), a value of the wrong type or
     out of range.
     """
     values: dict[str, Any] = {}
     if base is not None:
-        _merge(values, base)
+        _merge(values, base, "the configuration in the checkpoint")
     if preset is not None:
-        _merge(values, _read(preset))
+        _merge(values, _read(preset), preset)
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise ValueError(f"a setting is KEY=VALUE, for example optimizer.lr=0.02; got {setting!r}")
-        nested = _yaml(text, f"--set {setting}")
-        for part in reversed(key.strip().split(".")):
-            nested = {part: nested}
-        _merge(values, nested)
+        _merge(values, _setting(setting), setting)
     return _build(Config, values, "")
 
 
@@ -124,33 +123,44 @@ def _presets() -> Any:
     return resources.files(__package__) / "configs"
 
 
-def _read(preset: str) -> Mapping[str, Any]:
+def _read(preset: str) -> Any:
     if preset in presets():
-        text = (_presets() / f"{preset}.yaml").read_text()
-    elif Path(preset).suffix in (".yaml", ".yml") or Path(preset).is_file():
-        text = Path(preset).read_text()
-    else:
-        raise ValueError(f"unknown preset {preset!r}{_nearest(preset, presets())}; a path must end in .yaml")
-    values = _yaml(text, preset)
+        return plain_yaml.parse((_presets() / f"{preset}.yaml").read_text(encoding="utf-8"), preset)
+    path = user_path(preset)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return plain_yaml.read(path)
+    raise ValueError(f"unknown preset {preset!r}{_nearest(preset, presets())}; a path must end in .yaml")
+
+
+def _setting(setting: str) -> dict[str, Any]:
+    """`a.b=value` as {a: {b: value}}."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise ValueError(f"a setting is KEY=VALUE, for example optimizer.lr=0.02; got {setting!r}")
+    parts, text = key.strip().split("."), text.lstrip()
+    literal = _hint(parts) is str and text[:1] not in ("'", '"')
+    value: Any = text if literal else plain_yaml.parse(text, f"--set {setting}")
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _hint(parts: Sequence[str]) -> Any:
+    """The type of a key's value; None for an unknown key."""
+    hint: Any = Config
+    for part in parts:
+        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+def _merge(into: dict[str, Any], values: Any, where: str) -> None:
+    """Section by section. No deeper: what else is nested is refused by `_value`, and may have no end."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{preset} must hold a mapping of sections, got {type(values).__name__}")
-    return values
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no valid YAML: {error}") from error
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+        raise ValueError(f"{where} must hold a mapping of sections, got {_short(values)}")
     for key, value in values.items():
         if isinstance(value, Mapping):
-            section = into.setdefault(key, {})
-            if not isinstance(section, dict):
-                into[key] = section = {}
-            _merge(section, value)
+            section = into.get(key)
+            into[key] = {**(section if isinstance(section, Mapping) else {}), **value}
         else:
             into[key] = value
 
@@ -162,7 +172,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where.rstrip('.')} is a section of keys, got {values!r}")
+        raise ValueError(f"{where.rstrip('.')} is a section of keys, got {_short(values)}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
@@ -200,7 +210,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
@@ -209,7 +219,14 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     expected = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
-    raise ValueError(f"{name} must be {expected}{' or null' if type(None) in allowed else ''}, got {value!r}")
+    raise ValueError(f"{name} must be {expected}{' or null' if type(None) in allowed else ''}, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    """Its representation; of a long or endless value the beginning."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxlong = shortened.maxother = 80
+    return shortened.repr(value)
 
 
 def _check(config: Config) -> None:
@@ -236,10 +253,18 @@ def _check(config: Config) -> None:
     }
     for name, value in positive.items():
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must be positive, got {value}")
+            raise ValueError(f"{name} must be positive and finite, got {_short(value)}")
     for name, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{name} must not be negative, got {value}")
+            raise ValueError(f"{name} must be finite and not negative, got {_short(value)}")
+    if config.seed > _LARGEST_SEED:
+        raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {_short(config.seed)}")
+    if "\0" in config.data.source:
+        raise ValueError(f"data.source must not hold the character NUL, got {_short(config.data.source)}")
+    if config.model.dropout is not None and not 0 <= config.model.dropout <= 1:
+        raise ValueError(f"model.dropout must be from 0 to 1, or null, got {config.model.dropout}")
+    if config.penalty.kind not in PENALTIES:
+        raise ValueError(f"penalty.kind must be one of {', '.join(PENALTIES)}, got {config.penalty.kind!r}")
     if config.optimizer.clip is not None and not config.optimizer.clip > 0:
         raise ValueError(f"optimizer.clip must be positive or null, got {config.optimizer.clip}")
     if config.precision not in PRECISIONS:

@@ -7,7 +7,6 @@ that example alone: the same image in whatever order, worker or run it is asked 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -16,6 +15,8 @@ from torch.utils.data import TensorDataset
 
 from .config import Data
 from .digits import digits
+from .files import user_path
+from .terminal import printable
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")
 
@@ -28,7 +29,7 @@ class Corrupt(Exception):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.path} ({self.reason})"
+        return printable(f"{self.path} ({self.reason})")
 
 
 class Examples(Protocol):
@@ -66,7 +67,7 @@ def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
         return synthetic(argument, config.image_size, seed)
     from . import vision  # torchvision, which the others do without
 
-    directory = Path(argument).expanduser()
+    directory = user_path(argument)
     if kind == "imagefolder":
         return vision.imagefolder(directory, config.image_size, evaluating)
     return vision.cifar(kind, directory, evaluating)

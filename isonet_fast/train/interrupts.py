@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .files import to_resume
+
 
 class Interrupted(Exception):
     """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects."""
@@ -16,7 +18,7 @@ class Interrupted(Exception):
         self.code = 128 + number
         super().__init__(
             f"stopped by {signal.Signals(number).name} after step {step}, everything saved; "
-            f"go on with: isonet-fast train --resume {directory}"
+            f"go on with: {to_resume(directory)}"
         )
 
 

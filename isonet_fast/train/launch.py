@@ -9,6 +9,7 @@ from typing import Any
 from . import checkpoint, config, distributed
 from .config import Config
 from .distributed import Processes
+from .files import to_resume
 from .loop import Run
 
 _LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
@@ -53,7 +54,7 @@ def _goes_on(directory: Path) -> bool:
         if launch is not None and begun.exists() and begun.read_text() == launch:
             return True
         raise ValueError(
-            f"{directory} holds a run already: go on with --resume {directory}, or choose another --output"
+            f"{directory} holds a run already: go on with {to_resume(directory)}, or choose another --output"
         )
     if launch is not None:
         directory.mkdir(parents=True, exist_ok=True)

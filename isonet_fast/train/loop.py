@@ -27,7 +27,7 @@ from .config import Config
 from .datasets import Corrupt, open_source
 from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
-from .files import sweep
+from .files import sweep, to_resume
 from .interrupts import Interrupted, Signals
 from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
@@ -189,9 +189,7 @@ class Run:
                         row = self._train_epoch()
             except (OSError, WorkerDied) as error:
                 kind = WorkerDied if isinstance(error, WorkerDied) else OSError
-                raise kind(
-                    f"{error};{self._last_good()} Go on with: isonet-fast train --resume {self.directory}"
-                ) from error
+                raise kind(f"{error};{self._last_good()} Go on with: {to_resume(self.directory)}") from error
             finally:
                 self.log.close()
         return row

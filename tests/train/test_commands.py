@@ -59,7 +59,7 @@ def test_resume_extends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     start = ["train", "--config", "isonet_digits", "--output", str(tmp_path), *synthetic]
     assert main(start) == 0
     assert main(start) == 1
-    assert f"holds a run already: go on with --resume {tmp_path}" in capsys.readouterr().err
+    assert f"holds a run already: go on with isonet-fast train --resume {tmp_path}" in capsys.readouterr().err
     assert main(["train", "--resume", str(tmp_path)]) == 0
     assert "at the end of its 1 epochs" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path), "--set", "schedule.epochs=2"]) == 0

@@ -63,21 +63,97 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (["optimizer.clip=[1]"], r"optimizer\.clip must be float or null, got \[1\]"),
         (["data.batch_size=1.5"], r"data\.batch_size must be int, got 1\.5"),
         (["data.batch_size=true"], r"data\.batch_size must be int, got True"),
-        (["data.batch_size=0"], r"data\.batch_size must be positive, got 0"),
+        (["data.batch_size=0"], r"data\.batch_size must be positive and finite, got 0"),
         (["schedule.milestones=[a]"], r"schedule\.milestones\[0\] must be int, got 'a'"),
         (["schedule.milestones=3"], r"schedule\.milestones must be list\[int\], got 3"),
-        (["penalty.coeff=-1"], r"penalty\.coeff must not be negative"),
-        (["optimizer.lr=.nan"], r"optimizer\.lr must be positive, got nan"),
+        (["penalty.coeff=-1"], r"penalty\.coeff must be finite and not negative"),
+        (["optimizer.lr=.nan"], r"optimizer\.lr must be positive and finite, got nan"),
         (["optimizer=3"], r"optimizer is a section of keys, got 3"),
         (["precision=half"], r"precision must be one of float32, bfloat16, float16, got 'half'"),
         (["lr"], r"a setting is KEY=VALUE"),
         (["seed=[1"], r"--set seed=\[1 is no valid YAML"),
         (["seed=!!python/object/apply:os.getpid []"], r"is no valid YAML: could not determine a constructor"),
+        (["seed=2001-99-99"], r"'2001-99-99' is no timestamp, in line 1"),
+        (["seed=!!int ''"], r"'' is no int, in line 1"),
+        (["seed=" + 5000 * "9"], r"'9{40}' is no int, in line 1"),
+        (["seed=" + 30 * "9"], r"seed must be at most 1099511627776, got 9{30}$"),
+        (["optimizer.lr=" + 400 * "9"], r"optimizer\.lr must be float, got 9+\.\.\.9+$"),
+        (["optimizer.lr=" + 400 * "x"], r"optimizer\.lr must be float, got 'x+\.\.\.x+'$"),
+        (["optimizer.weight_decay=inf"], r"optimizer\.weight_decay must be finite and not negative, got inf"),
+        (["model.dropout=2"], r"model\.dropout must be from 0 to 1, or null, got 2\.0"),
+        (["penalty.kind=lort"], r"penalty\.kind must be one of isonet, lorth, matrix, got 'lort'"),
     ],
 )
 def test_refusals(settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.load("isonet18", settings)
+
+
+FILES = [
+    (
+        b"model: {depth: 8\noptimizer:\n  lr: 1\n",
+        r"but got ':', in line 2, column 10 \(.* mapping that began in line 1\)",
+    ),
+    (b"model:\n\tname: a\n", r"found character '\\t' that cannot start any token, in line 2, column 1"),
+    (b"model: isonet: 18", r"mapping values are not allowed here, in line 1, column 14"),
+    (b"--- 1\n--- 2\n", r"expected a single document in the stream, but found another document, in line 2"),
+    (b"seed: 1\nseed: 2\n", r"the key 'seed' is given twice, in line 1, column 1"),
+    (b"{[a]: 1}: 2\n", r"found unhashable key, in line 1"),
+    (b"seed: \0\n", r"the character '\\x00' is not allowed, in line 1"),
+    (b"model:\n  name: caf\xe9\n", r"must be UTF-8, got the byte 0xe9 in line 2"),
+    ("seed: 1\n".encode("utf-16"), r"must be UTF-8, got the byte 0xff in line 1"),
+    (b"", r"must hold a mapping of sections, got None"),
+    (b"- 1\n", r"must hold a mapping of sections, got \[1\]"),
+    (b'data: {source: "digits\\0"}', r"data\.source must not hold the character NUL, got 'digits\\x00'"),
+    (b"a: " + 5000 * b"[", r"is no valid YAML: its values are nested too deeply"),
+    (
+        b"optimizer: {lr: " + 100 * b"[" + 100 * b"]" + b"}",
+        r"optimizer\.lr must be float, got \[{7}\.\.\.\]{7}$",
+    ),
+    (b"a: &a\n  b: *a\n", r"aliases \(\*name\) are not read, write the value out, in line 2"),
+    (
+        b"\n".join([b"a0: &a0 {}", *(b"a%d: &a%d {b: *a%d, c: *a%d}" % (n, n, n - 1, n - 1) for n in range(1, 60))]),
+        "alias",
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_what_is_wrong_with_a_file_is_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        config.load(str(path))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300 + len(str(path))
+
+
+def test_a_file_that_a_windows_editor_wrote(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"\xef\xbb\xbfoptimizer:\r\n  lr: 0.5\r\n")
+    assert config.load(str(tmp_path / "mine.yaml")).optimizer.lr == 0.5
+
+
+def test_the_configuration_of_a_checkpoint_is_checked_too() -> None:
+    endless: dict = {}
+    endless["model"] = endless
+    for base, message in (
+        (endless, r"unknown key model\.model"),
+        ({"seed": endless}, r"seed must be int, got \{'model': \{"),
+        ([1], r"the configuration in the checkpoint must hold a mapping of sections, got \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.load(None, [], base)
+
+
+@pytest.mark.parametrize(
+    "path", ["im #2", "a: b", "it's", 'a "b"', "*a", "&a", "[a", "{a}", "~", "a\nb", "a ", "null", "ü\udcff"]
+)
+def test_a_path_is_taken_literally(path: str) -> None:
+    source = f"imagefolder:{path}"
+    assert config.load(None, [f"data.source={source}"]).data.source == source
+
+
+def test_text_in_quotes_is_read_as_yaml() -> None:
+    assert config.load(None, ["precision='bfloat16'", 'model.name="isonet18"']).precision == "bfloat16"
 
 
 def test_unknown_preset() -> None:

@@ -283,7 +283,7 @@ def test_an_unreadable_image_of_one_rank(folder: Path, two: Any) -> None:
 
 
 def test_a_run_that_is_there_is_not_written_over(folder: Path, two: Any) -> None:
-    assert two.said.count(f"{folder / 'one'} holds a run already: go on with --resume") == 1
+    assert two.said.count(f"{folder / 'one'} holds a run already: go on with isonet-fast train --resume") == 1
     assert [two.codes[rank, "another's"] for rank in range(2)] == [1, 1]
 
 
