@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from isonet_fast import OrthoConv2d, OrthoRegularizer, reference
-from isonet_fast.functional import layer
 from isonet_fast.models.official import official_penalty
+from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.regularizer import official_filter
 
 from . import providers
@@ -43,7 +43,7 @@ def flops(convs: Sequence[nn.Conv2d], gradient: bool, gram_products: int) -> flo
     for the gradient two products per offset, one at t = 0."""
     total = 0.0
     for conv in convs:
-        geometry = layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
+        geometry = checked_layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
         for t in geometry.offsets:
             gram = geometry.gram_flops(t)
             total += gram_products * gram * (1.0 if any(t) else 0.5)

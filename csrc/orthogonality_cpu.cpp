@@ -98,6 +98,27 @@ void multiply(int64_t rows, int64_t depth, const float* a, const float* b, float
   Multiply<4, kTransposed>{}(rows, depth, a, b, c, stride);  // compilers handle vectors longer than registers badly
 }
 
+// sums (kRows x 8) += a^T b in float64, for packed taps a, b of at most eight rows.
+template <int kRows>
+ISONET_FAST_INLINE void multiply_thin(int64_t rows, int64_t depth, const float* a, const float* b, double* sums) {
+  if (rows == kRows) {
+    double sum[kRows][kPadding] = {};
+    for (int64_t k = 0; k < depth; ++k, a += kPadding, b += kPadding)
+      for (int i = 0; i < kRows; ++i)
+        for (int64_t j = 0; j < kPadding; ++j) sum[i][j] += double(a[i]) * double(b[j]);
+    for (int i = 0; i < kRows; ++i)
+      for (int64_t j = 0; j < kPadding; ++j) sums[i * kPadding + j] += sum[i][j];
+  } else if constexpr (kRows > 1) {
+    multiply_thin<kRows - 1>(rows, depth, a, b, sums);
+  }
+}
+
+struct MultiplyThin {
+  ISONET_FAST_INLINE void operator()(int64_t rows, int64_t depth, const float* a, const float* b, double* sums) const {
+    multiply_thin<kPadding>(rows, depth, a, b, sums);
+  }
+};
+
 // The sum of the squares, and the transpose.
 struct Square {
   ISONET_FAST_INLINE void operator()(int64_t rows, int64_t stride, const float* r, float* transpose,
@@ -158,6 +179,8 @@ struct Plan {
         tap(columns * stride) {}
 
   int64_t scratch() const { return 2 * taps * tap + 2 * rows * stride; }
+  // With few rows few errors average out, and the work is small: the residual is summed in float64.
+  bool thin() const { return rows <= kPadding; }
   int64_t work() const { return layer.count * taps * tap * rows; }
 };
 
@@ -177,6 +200,26 @@ void for_runs(const int64_t (&kernel)[3], const int64_t* t, const Run& run) {
     }
 }
 
+// R_t = G_t - [t = 0] I of one group.
+void compute_residual(const Plan& plan, const int64_t* t, bool zero, const float* packed, float* residual) {
+  const int64_t rows = plan.rows, stride = plan.stride, tap = plan.tap;
+  const float one = zero ? 1 : 0;
+  if (plan.thin()) {
+    double sums[kPadding * kPadding] = {};
+    for (int64_t m = 0; m < rows; ++m) sums[m * kPadding + m] = -one;
+    for_runs(plan.layer.kernel, t, [&](int64_t u, int64_t v, int64_t length) {
+      run(MultiplyThin{}, rows, length * plan.columns, packed + u * tap, packed + v * tap, sums);
+    });
+    std::copy(sums, sums + rows * stride, residual);
+  } else {
+    std::fill(residual, residual + rows * stride, 0.0f);
+    for (int64_t m = 0; m < rows; ++m) residual[m * stride + m] = -one;
+    for_runs(plan.layer.kernel, t, [&](int64_t u, int64_t v, int64_t length) {
+      multiply<true>(rows, length * plan.columns, packed + u * tap, packed + v * tap, residual, stride);
+    });
+  }
+}
+
 // The loss of one group; its gradient, if wanted, goes to the tensor.
 double compute(const Plan& plan, int64_t group, bool add, float* scratch) {
   const OrthogonalityLayer& layer = plan.layer;
@@ -194,12 +237,7 @@ double compute(const Plan& plan, int64_t group, bool add, float* scratch) {
   double loss = 0;
   for (const int64_t* t = layer.offsets; t < layer.offsets + 3 * layer.count; t += 3) {
     const bool zero = t[0] == 0 && t[1] == 0 && t[2] == 0;
-    std::fill(residual, residual + rows * stride, 0.0f);
-    if (zero)
-      for (int64_t m = 0; m < rows; ++m) residual[m * stride + m] = -1;
-    for_runs(layer.kernel, t, [&](int64_t u, int64_t v, int64_t length) {
-      multiply<true>(rows, length * columns, packed + u * tap, packed + v * tap, residual, stride);
-    });
+    compute_residual(plan, t, zero, packed, residual);
     double square;
     run(Square{}, rows, stride, residual, transpose, square);
     loss += zero ? square / 2 : square;

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .geometry import PENALTIES, Layer
 from .ops import orthogonality as _orthogonality
 from .ops.residual_srelu import ResidualSReLU
 from .ops.srelu import SReLU
-
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-PRECISIONS = (None, "highest")
+from .penalty_arguments import FLOATS as _FLOATS
+from .penalty_arguments import check_penalty, check_precision, checked_layer, listed, per_layer
 
 
 def srelu(
@@ -105,65 +102,22 @@ def orthogonality_loss(
 
     Differentiable once; `reference.orthogonality_loss` is differentiable at every order.
 
-    Raises TypeError for an integer dtype or something that is no tensor; ValueError for a rank outside 2 to 5, an
-    unknown penalty or precision, groups that do not divide the outputs, a stride or dilation below 1 or of the
-    wrong length, lists of different lengths, weights on two devices.
+    Raises TypeError for something that is no tensor, a sparse or nested one, or an integer or complex dtype; ValueError
+    for a rank outside 2 to 5, an unknown penalty or precision, groups that do not divide the outputs, a stride or
+    dilation that is no positive int or of the wrong length, lists of different lengths, weights on two devices.
     """
-    weights = [weights] if isinstance(weights, Tensor) else list(weights)
+    weights = listed(weights)
+    check_penalty(penalty)
+    check_precision(precision)
     if not weights:
         return torch.zeros(())
-    per_layer = [_per_layer(n, v, len(weights)) for n, v in _named(stride=stride, dilation=dilation, groups=groups)]
-    layers = tuple(layer(w, s, e, g, penalty) for w, s, e, g in zip(weights, *per_layer, strict=True))
+    named = {"stride": stride, "dilation": dilation, "groups": groups}
+    geometry = [per_layer(name, value, len(weights)) for name, value in named.items()]
+    layers = tuple(checked_layer(w, s, e, g, penalty) for w, s, e, g in zip(weights, *geometry, strict=True))
     for w in weights[1:]:
         _check_device("every weight", w, "the first", weights[0])
-    check_precision(precision)
     problem = _orthogonality.Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]
-
-
-def layer(
-    weight: Tensor, stride: int | Sequence[int], dilation: int | Sequence[int], groups: int, penalty: str
-) -> Layer:
-    """The checked geometry of one weight."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weights must be tensors, got {type(weight).__name__}")
-    if weight.dtype not in _FLOATS:
-        raise TypeError(f"weights must be {_names(_FLOATS)}, got {weight.dtype}")
-    if not 2 <= weight.dim() <= 5:
-        raise ValueError(
-            f"weights must be (O, I/groups, *kernel) with 0 to 3 kernel dimensions, got shape {tuple(weight.shape)}"
-        )
-    if penalty not in PENALTIES:
-        raise ValueError(f"penalty must be one of {PENALTIES}, got {penalty!r}")
-    if not isinstance(groups, int) or groups < 1 or weight.shape[0] % groups:
-        raise ValueError(f"groups must be a positive divisor of the {weight.shape[0]} output channels, got {groups}")
-    dims = weight.dim() - 2
-    sizes = [_per_dimension(n, v, dims) for n, v in _named(stride=stride, dilation=dilation)]
-    return Layer(tuple(weight.shape), sizes[0], sizes[1], groups, penalty)
-
-
-def check_precision(precision: str | None) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-
-
-def _named(**values: Any) -> list[tuple[str, Any]]:
-    return list(values.items())
-
-
-def _per_layer(name: str, value: Any, count: int) -> list:
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name} is a list of {len(value)} entries for {count} weights; give one per weight")
-    return value
-
-
-def _per_dimension(name: str, value: Any, dims: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or not all(isinstance(v, int) and v >= 1 for v in values):
-        raise ValueError(f"{name} must be a positive int or a tuple of {dims} of them, got {value!r}")
-    return values
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -70,6 +70,11 @@ class Layer:
         return self._sides[0] if self.transposed else self._sides[1]
 
     @property
+    def thin(self) -> bool:
+        """Few rows: few rounding errors average out in the gradient, and float64 costs next to nothing."""
+        return self.rows <= 8
+
+    @property
     def constant(self) -> float:
         """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
         the operator has columns; 0 elsewhere)."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import layer
+from .penalty_arguments import checked_layer
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> 
 
     Raises as `functional.orthogonality_loss` does for rank, groups and stride.
     """
-    geometry = layer(weight, stride, 1, groups, "lorth")
+    geometry = checked_layer(weight, stride, 1, groups, "lorth")
     cells = [_cell(k, s) for k, s in zip(geometry.kernel, geometry.stride, strict=True)]
     weight.zero_()
     inputs = weight.shape[1]

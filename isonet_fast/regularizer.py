@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .functional import check_precision, layer
 from .geometry import PENALTIES, Layer
 from .nn import OrthoLinear, SharedScale
 from .nn.conv import _Orthogonal
 from .ops import orthogonality
+from .penalty_arguments import check_gradients, check_precision, checked_layer, checked_scale
 from .sharded import Shards, is_sharded, reshard
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -218,16 +218,19 @@ class OrthoRegularizer:
         it must come before the backward that synchronises the gradients: its share has to be averaged with them. Under
         FSDP2 it may come before or after.
 
-        Raises RuntimeError under DistributedDataParallel where it comes after that backward.
+        Raises RuntimeError under DistributedDataParallel where it comes after that backward. Raises TypeError or
+        ValueError for a `grad_scale` that is no finite real number, and for a `.grad` that is sparse, of no
+        floating-point dtype, or has elements that share memory; no gradient has changed then.
         """
+        scale = checked_scale(grad_scale)
         if not self._due():
             return self._zero()
         weights, problem, shards = self._gather()
         if shards is not None:
-            return self._accumulate_sharded(weights, problem, shards, grad_scale)
+            return self._accumulate_sharded(weights, problem, shards, scale)
         if self._shard_group is not None:
             self._check_order(weights)
-        total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, grad_scale)
+        total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, scale)
         return total if weights else self._zero()
 
     def _accumulate_sharded(
@@ -329,22 +332,29 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
     """Every weight's `.grad`, made where there is none. A frozen weight counts in the value alone: it gets a gradient
     that nobody sees, and one from before it was frozen is not touched."""
-    grads = []
-    for weight in weights:
-        trained = weight.requires_grad
-        grad = weight.grad if trained else None
+    grads = [weight.grad if weight.requires_grad else None for weight in weights]
+    if not any(grad is None for grad in grads):
+        check_gradients(weights, grads)  # type: ignore[arg-type]
+        return grads  # type: ignore[return-value]
+    check_gradients(*_both(weights, grads))  # all that there are, before any is made
+    for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         if grad is None:
-            grad = torch.zeros_like(weight)
-            if trained:
-                weight.grad = grad
-        grads.append(grad)
-    return grads
+            grads[n] = torch.zeros_like(weight)
+            if weight.requires_grad:
+                weight.grad = grads[n]
+    return grads  # type: ignore[return-value]
+
+
+def _both(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that have a gradient, and the gradients."""
+    known = [(weight, grad) for weight, grad in zip(weights, grads, strict=True) if grad is not None]
+    return [weight for weight, _ in known], [grad for _, grad in known]
 
 
 def _layer(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
     if isinstance(module, nn.Linear):
-        return layer(weight, 1, 1, 1, penalty)
-    return layer(weight, module.stride, module.dilation, module.groups, penalty)  # type: ignore[arg-type]
+        return checked_layer(weight, 1, 1, 1, penalty)
+    return checked_layer(weight, module.stride, module.dilation, module.groups, penalty)
 
 
 def _gflop(geometry: Layer) -> float:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, geometry, reference, regularizer
-from isonet_fast.functional import layer
 from isonet_fast.ops import orthogonality
+from isonet_fast.penalty_arguments import checked_layer
 
 DOUBLE = torch.float64
 
@@ -93,10 +93,10 @@ def test_problems_of_the_ranks_add_up(ranks):
     value, gradient = full(net, 0.1)
     weights = [p.detach().clone().requires_grad_() for p in net.parameters()]
     layers = (
-        layer(weights[0], 1, 1, 1, "isonet"),
-        layer(weights[1], 2, 1, 1, "lorth"),
-        layer(weights[2], 1, 1, 1, "matrix"),
-        layer(weights[3], 1, 1, 1, "isonet"),
+        checked_layer(weights[0], 1, 1, 1, "isonet"),
+        checked_layer(weights[1], 2, 1, 1, "lorth"),
+        checked_layer(weights[2], 1, 1, 1, "matrix"),
+        checked_layer(weights[3], 1, 1, 1, "isonet"),
     )
     totals, gradients, accumulated, unweighted = [], [], [], torch.zeros(4, dtype=DOUBLE)
     for rank in range(ranks):
@@ -118,7 +118,7 @@ def test_problems_of_the_ranks_add_up(ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_units_are_split_without_loss_or_repetition_and_evenly(ranks):
     layers = tuple(
-        layer(torch.empty(shape), stride, 1, 1, "isonet")
+        checked_layer(torch.empty(shape), stride, 1, 1, "isonet")
         for shape, stride in [((64, 64, 3, 3), 1), ((128, 64, 3, 3), 2), ((128, 128, 3, 3), 1), ((32, 32, 1, 1), 1)]
     )
     shares = [geometry.shard(layers, rank, ranks) for rank in range(ranks)]

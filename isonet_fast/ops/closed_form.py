@@ -77,15 +77,17 @@ def _batch(taps: Tensor, layer: Layer, ts: tuple[Offset, ...], want_grad: bool) 
         here, there = _overlap(t, layer)
         u, v = taps[here], taps[there]
         a, b = u.flatten(2), v.flatten(2)
-        residual = torch.bmm(a, b.mT)
+        residual = torch.bmm(a.double(), b.double().mT) if layer.thin else torch.bmm(a, b.mT)
         if any(t):  # G_t and its transpose G_{-t}: twice the loss, and both gradients
             losses.add_(residual.square().sum((1, 2)), alpha=2)
+            residual = residual.to(taps.dtype)
             if grad is not None:
                 grad[here].add_(torch.bmm(residual, b).view_as(u))
                 grad[there].add_(torch.bmm(residual.mT, a).view_as(v))
         else:
             residual.diagonal(dim1=1, dim2=2).sub_(1)
             losses.add_(residual.square().sum((1, 2)))
+            residual = residual.to(taps.dtype)
             if grad is not None:
                 grad.add_(torch.bmm(residual, a).view_as(u))
     return losses.mul_(0.5), None if grad is None else grad.mul_(2)

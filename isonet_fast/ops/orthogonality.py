@@ -158,7 +158,7 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
 def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tensor], scale: float, add: bool) -> Tensor:
     """Each layer's penalty, (L,). Its gradient times scale * coefficient is written or added into `grads`, if any."""
     factors = [scale * c for c in problem.coefficients]
-    small = small_layers.members(weights, problem.layers)
+    small = small_layers.members(weights, problem.layers, grads)
 
     def sink(n: int, grad: Tensor) -> None:
         if add:

@@ -19,15 +19,22 @@ from . import _library
 LIMIT = 128**2
 
 
-def members(weights: Sequence[Tensor], layers: Sequence[Layer]) -> list[int]:
-    """Indices of the layers that the kernel serves."""
+def members(weights: Sequence[Tensor], layers: Sequence[Layer], grads: Sequence[Tensor] = ()) -> list[int]:
+    """Indices of the layers that the kernel serves; `grads`, if any, are what it would write to."""
     if not _library.compiled_for("cpu"):
         return []
     return [
         n
         for n, (weight, layer) in enumerate(zip(weights, layers, strict=True))
-        if weight.is_cpu and weight.dtype == torch.float32 and layer.rows * max(layer.rows, layer.columns) <= LIMIT
+        if _is_plain(weight)
+        and layer.rows * max(layer.rows, layer.columns) <= LIMIT
+        and (not grads or _is_plain(grads[n]))
     ]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Values that the kernel can read and write where they lie."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and not tensor.is_neg()
 
 
 def plan(layers: Sequence[Layer], offsets: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from isonet_fast import functional, reference
+from isonet_fast import reference
 from isonet_fast.geometry import PENALTIES
 from isonet_fast.ops import _library, orthogonality, small_layers
+from isonet_fast.penalty_arguments import checked_layer
 from tests.cases import assert_accurate, layouts
 
 if _library.why_not_compiled:
@@ -42,7 +43,7 @@ LAYERS = [
 
 
 def problem_of(weights, geometry, part=(0, 1), coefficients=None):
-    layers = tuple(functional.layer(w, *rest) for w, rest in zip(weights, geometry))
+    layers = tuple(checked_layer(w, *rest) for w, rest in zip(weights, geometry))
     return orthogonality.Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
 
 

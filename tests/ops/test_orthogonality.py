@@ -7,6 +7,7 @@ from torch.library import opcheck
 from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer, shard
 from isonet_fast.ops import closed_form, orthogonality
+from isonet_fast.penalty_arguments import checked_layer
 
 ops = torch.ops.isonet_fast
 
@@ -161,7 +162,7 @@ def test_no_grad_keeps_nothing(device):
 
 
 def problem_of(weights, penalty, part=(0, 1), coefficients=None, stride=1):
-    layers = tuple(functional.layer(w, stride, 1, 1, penalty) for w in weights)
+    layers = tuple(checked_layer(w, stride, 1, 1, penalty) for w in weights)
     return orthogonality.Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
 
 
@@ -253,7 +254,7 @@ def test_a_second_derivative_is_refused(device):
 def test_accumulate_grad_is_the_gradient_added(dtype, device):
     weights, geometry = network(device, dtype)
     layers = tuple(
-        functional.layer(w, s, e, g, "lorth")
+        checked_layer(w, s, e, g, "lorth")
         for w, s, e, g in zip(weights, *[geometry[k] for k in ("stride", "dilation", "groups")])
     )
     problem = orthogonality.Problem(layers, tuple(0.1 * (n + 1) for n in range(len(weights))), None, (0, 1))
