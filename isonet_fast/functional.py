@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import orthogonality as _orthogonality
+from .ops.inplace import check_apart, check_writable, written
 from .ops.residual_srelu import ResidualSReLU
 from .ops.srelu import SReLU
 from .penalty_arguments import FLOATS as _FLOATS
@@ -34,9 +35,10 @@ def srelu(
     """
     _check_activation("x", x)
     bias = _bias(bias, "x", x)
-    if inplace:
-        _check_writable("x", x)
-    return SReLU.apply(x, bias, inplace)
+    if not inplace:
+        return SReLU.apply(x, bias, False)
+    check_writable("x", x)
+    return written(SReLU, x, bias)
 
 
 def residual_srelu(
@@ -68,11 +70,13 @@ def residual_srelu(
             raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
         _check_device("scale", scale, "shortcut", shortcut)
         scale = _master(scale, shortcut)
-    if inplace:
-        if scale is not None:
-            raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
-        _check_writable("branch", branch)
-    return ResidualSReLU.apply(shortcut, branch, bias, scale, inplace)
+    if not inplace:
+        return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
+    if scale is not None:
+        raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
+    check_writable("branch", branch)
+    check_apart("branch", branch, "shortcut", shortcut)
+    return written(ResidualSReLU, branch, shortcut, bias, None)
 
 
 def orthogonality_loss(
@@ -153,13 +157,3 @@ def _bias(bias: Tensor, name: str, x: Tensor) -> Tensor:
 def _master(parameter: Tensor, x: Tensor) -> Tensor:
     """Kernels read a parameter in x's dtype or in float32 (a master copy); anything else is rounded here, once."""
     return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(x.dtype)
-
-
-def _check_writable(name: str, x: Tensor) -> None:
-    """Refuse, before the data changes, what autograd or memory would refuse after."""
-    root = x if x._base is None else x._base
-    if torch.is_grad_enabled() and root.requires_grad and root.is_leaf:
-        raise ValueError(f"inplace=True on {name}, a leaf that requires grad (or a view of one); pass inplace=False")
-    strides = x.stride()
-    if 0 in strides and x.numel() and any(s == 0 and n > 1 for s, n in zip(strides, x.shape, strict=True)):
-        raise ValueError(f"inplace=True on {name}, whose elements share memory (an expanded tensor); clone it first")

@@ -69,12 +69,13 @@ def _residual_srelu_backward_fake(
 class ResidualSReLU(torch.autograd.Function):
     """residual_srelu, or residual_srelu_ over the branch if `inplace`, under autograd.
 
-    In place only without a scale, since ds needs the branch.
+    In place only without a scale, since ds needs the branch. The branch is the first argument: where it is a view,
+    autograd takes the gradient of input 0 as that of the tensor written over.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, inplace: bool
+        ctx: Any, branch: Tensor, shortcut: Tensor, bias: Tensor, scale: Tensor | None, inplace: bool
     ) -> Tensor:
         if inplace:
             ops.residual_srelu_(shortcut, branch, bias, scale)
@@ -91,7 +92,8 @@ class ResidualSReLU(torch.autograd.Function):
         grads: tuple[Tensor | None, ...]
         if scaled:
             function = ResidualSReLUBackward.apply if torch.is_grad_enabled() else ops.residual_srelu_backward
-            grads = function(grad_output, output, scaled[0], bias, scaled[1])
+            grad_shortcut, grad_branch, *others = function(grad_output, output, scaled[0], bias, scaled[1])
+            grads = grad_branch, grad_shortcut, *others
         else:
             grad_sum, grad_bias = gradients(grad_output, output, bias)
             grads = grad_sum, grad_sum, grad_bias, None
