@@ -38,29 +38,45 @@ bench: $(READY)  ## the CPU lines of the performance targets
 wheel: $(READY)  ## dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
-# A GPU machine may be offline and its torch is not ours to replace: nothing is downloaded, and a failing part does
-# not keep the next from running (make test-gpu bench-gpu).
+# The -gpu targets need a GPU that PyTorch can use: without one they say so, and do nothing at all.
+GPU_TARGETS := $(filter test-gpu sanitize-gpu bench-gpu,$(MAKECMDGOALS))
+ifneq ($(GPU_TARGETS),)
+  OBSTACLE := $(shell $(PYTHON) tools/gpu_obstacle.py $(GPU_TARGETS) 2>/dev/null)
+  ifneq ($(OBSTACLE),none)
+    $(error $(or $(OBSTACLE),$(PYTHON) does not run))
+  endif
+  MAKEFLAGS += --keep-going  # benchmarks are made after a failing test too; make still ends with an error
+endif
+.NOTPARALLEL:  # nothing may disturb a benchmark
+
+# A GPU machine may be offline and its torch is not ours to replace: nothing is downloaded.
 DEMAND := ISONET_FAST_KERNELS=1 ISONET_FAST_CUDA=1
 install-gpu:
 	$(DEMAND) $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . \
 	  || $(DEMAND) $(PYTHON) setup.py build_ext --inplace \
 	  || echo "NO CUDA KERNELS, see above: PyTorch serves SReLU"
 
-test-gpu: install-gpu  ## the op, layer and kernel tests on the GPU, at most 160 seconds
-	-timeout --signal=INT --kill-after=10 150 $(PYTHON) -m pytest tests --device cuda --continue-on-collection-errors \
-	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 4 --dist worksteal)
+# The clocks are tested first: other tests would take turns with them on the GPU.
+CLOCKS := tests/benchmarks/test_clocks.py
+test-gpu: install-gpu  ## the op, layer and kernel tests on the GPU, at most 170 seconds
+	@status=0; \
+	timeout --signal=INT --kill-after=10 20 $(PYTHON) -m pytest --device cuda $(CLOCKS) || status=$$?; \
+	timeout --signal=INT --kill-after=10 140 $(PYTHON) -m pytest --device cuda tests --ignore $(CLOCKS) \
+	  --continue-on-collection-errors \
+	  $$($(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 4 --dist worksteal) || status=$$?; \
+	exit $$status
 
 # Memory that PyTorch caches would hide an access outside a tensor.
 sanitize-gpu: install-gpu  ## compute-sanitizer's memcheck and racecheck over the kernels' tests, at most eight minutes
-	-for tool in memcheck racecheck; do \
+	@status=0; for tool in memcheck racecheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal=INT --kill-after=10 230 compute-sanitizer --tool $$tool \
 	    --error-exitcode 9 $(PYTHON) -m pytest --device cuda tests/csrc/test_kernels.py \
-	    tests/kernels/test_triton_orthogonality.py -k 'not graph and not matches_reference'; \
-	done
+	    tests/kernels/test_triton_orthogonality.py -k 'not graph and not matches_reference' || status=$$?; \
+	done; exit $$status
 
 SECONDS := 380
 bench-gpu: install-gpu  ## every performance target in SECONDS=380 (with test-gpu: ten minutes; 560 measures more)
-	-timeout $$(($(SECONDS) + 10)) $(PYTHON) -m benchmarks.run_all --device cuda --seconds $(SECONDS)
+	timeout $$(($(SECONDS) + 10)) $(PYTHON) -m benchmarks.run_all --device cuda --seconds $(SECONDS)
 
 # A file is the record of a finished environment: an interrupted one is made again. (torch.pth: if $(PYTHON) is itself of
 # a virtual environment, "system" packages are not its own but those below it.)

@@ -103,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--seconds", type=float, help="in all; default: 380 on a GPU, 540 on a CPU")
     args = options.parse_args(arguments)
     device = args.device
+    if device == "cuda" and not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch finds no GPU here")
     limit = args.seconds or LIMIT[device]
     shared = ["--dry-run"] if args.dry_run else ["--quick", "--device", device]
     started, start = rows.utc(), time.monotonic()

@@ -133,6 +133,14 @@ def test_warming_a_graph_up_does_not_count_as_a_wrong_gradient(monkeypatch):
     assert session.failures == 0
 
 
+def test_nothing_starts_without_a_gpu(monkeypatch):
+    """Parts without options of their own would measure the CPU, and overwrite its rows."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run_all, "run", lambda *args: pytest.fail("a part was started"))
+    with pytest.raises(SystemExit, match="PyTorch finds no GPU"):
+        run_all.main(["--device", "cuda"])
+
+
 @pytest.mark.parametrize("seconds", [380, 560, 100])
 def test_parts_are_scaled_to_a_total(seconds):
     parts = run_all.scaled(run_all.PARTS["cuda"], seconds)
