@@ -26,7 +26,19 @@ from .clocks import Call, Clock, CudaClock
 QUICK = 110.0  # seconds of `--quick` on a CPU, unless it is told otherwise
 ROUNDS = 25  # samples of each provider, at most
 SECONDS = {"cpu": 2.0, "cuda": 1.0}  # for the samples of one group, unless three rounds take longer
+NEEDS = {  # all that an op's rows named isonet_fast are made with; other ops need every kernel
+    "srelu": ("SReLU",),
+    "residual_srelu": ("SReLU",),
+    "orthogonality": ("the penalty",),
+    "orthogonality_host": ("the penalty",),
+}
 Built = TypeVar("Built")
+
+
+def lacking(device: torch.device) -> dict[str, str]:
+    """Which of our kernels can't serve this GPU, and why."""
+    reasons = {"SReLU": _library.why_not(device), "the penalty": kernels.unavailable(device)}
+    return {what: why for what, why in reasons.items() if why}
 
 
 @dataclass
@@ -149,16 +161,12 @@ class Session:
         self._budget = args.budget or (QUICK if args.quick and not cuda else math.inf)
         self._matmul: dict[torch.dtype, float] = {}
         self.say(f"isonet_fast from {_origin()}, torch {torch.__version__}, {rows.machine(self.device.type)['device']}")
+        self._lacking = lacking(self.device) if cuda else {}
+        for what, why in self._lacking.items():
+            self.say(f"nothing is timed as isonet_fast that needs {what}: {why}")
         if cuda:
-            self._demand_kernels()
             torch.backends.cudnn.benchmark = True  # as the official training script does
             self._raise_clocks()
-
-    def _demand_kernels(self) -> None:
-        """Nothing else may be timed under our name."""
-        for what, why in (("SReLU", _library.why_not("cuda")), ("the penalty", kernels.unavailable(self.device))):
-            if why:
-                raise SystemExit(f"isonet_fast has no CUDA kernel for {what} here: {why}")
 
     def _raise_clocks(self) -> None:
         """Half a second of work: an idle GPU starts at a low clock rate."""
@@ -220,6 +228,8 @@ class Session:
     def _check(self, problem: Problem, contender: Contender, tolerance: float) -> tuple[float | None, int] | None:
         """(error, peak bytes) of a provider that is right; None, reported, of one that is not or fails."""
         try:
+            if contender.provider.startswith("isonet_fast"):
+                self.demand(problem.op)
             with torch.enable_grad():
                 wrong = contender.check() if contender.check else None
             if wrong is not None and not wrong <= tolerance:
@@ -230,6 +240,12 @@ class Session:
         except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
             self._failed(problem, contender.provider, problem_met)
             return None
+
+    def demand(self, op: str) -> None:
+        """Nothing but our kernels may be timed under our name: raises RuntimeError where one can't serve this op."""
+        for what in self._lacking:
+            if what in NEEDS.get(op.partition(",")[0], self._lacking):
+                raise RuntimeError(f"{what} has no CUDA kernel here: {self._lacking[what]}")
 
     def _failed(self, problem: Problem, provider: str, problem_met: Exception) -> None:
         self.failures += 1

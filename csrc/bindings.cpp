@@ -12,7 +12,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -144,6 +146,47 @@ Tensor workspace(const Tensor& x, int64_t bytes) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &bytes, &step, aoti_torch_dtype_uint8(), device_type,
                                                   x.get_device_index(), &handle));
   return Tensor(handle);
+}
+#endif
+
+#ifdef ISONET_FAST_CUDA
+// What became of the first launch on each device. A driver older than the toolkit that built this library, or a chip
+// that it holds no code for, refuses every launch: there the op's PyTorch implementation serves (ops/_library.py).
+struct FirstLaunch {
+  std::once_flag made;
+  cudaError_t error = cudaSuccess;
+};
+std::array<FirstLaunch, 128> first_launches;  // PyTorch knows at most 120 devices
+
+void launch_first(FirstLaunch& first, int32_t device_type, int32_t device) {
+  const int64_t size = 8, step = 1;  // four values and their four biases, whatever they are
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &step, aoti_torch_dtype_float32(), device_type, device, &handle));
+  const Tensor memory(handle);
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  auto* const x = static_cast<float*>(memory.mutable_data_ptr());
+  const isonet_fast::SReLUForwardArgs args{DType::float32, {1, 4, 1}, x, {x + 4, DType::float32}, x};
+  first.error = isonet_fast::cuda::srelu_forward(args, current_stream(memory));
+  if (first.error == cudaErrorMemoryAllocation) check_launch(first.error);  // says nothing of the next time
+}
+
+bool kernels_run_on(AtenTensorHandle x) {
+  int32_t device_type, device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x, &device_type));
+  if (device_type != aoti_torch_device_type_cuda()) return true;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x, &device));
+  FirstLaunch& first = first_launches.at(std::max(device, 0));
+  std::call_once(first.made, [&] { launch_first(first, device_type, device); });
+  return first.error == cudaSuccess;
+}
+
+// An op as the dispatcher calls it: by its kernels where they run, else by the op of its name in PyTorch. Its first
+// argument is a tensor.
+template <void (*kernels)(StableIValue*, uint64_t, uint64_t), const char* const& in_pytorch>
+void served(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
+  if (kernels_run_on(torch::stable::detail::to<AtenTensorHandle>(stack[0]))) return kernels(stack, inputs, outputs);
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(in_pytorch, "", stack, TORCH_ABI_VERSION));
 }
 #endif
 
@@ -337,13 +380,20 @@ STABLE_TORCH_LIBRARY(isonet_fast, m) {
   m.def("orthogonality_small_(Tensor[] weights, Tensor(a!)[] grads, Tensor plan, float[] scale, bool add) -> Tensor");
 }
 
-#define ISONET_FAST_IMPLEMENT(m)                                          \
-  m.impl("srelu", TORCH_BOX(&srelu));                                     \
-  m.impl("srelu_", TORCH_BOX(&srelu_));                                   \
-  m.impl("srelu_backward", TORCH_BOX(&srelu_backward));                   \
-  m.impl("residual_srelu", TORCH_BOX(&residual_srelu));                   \
-  m.impl("residual_srelu_", TORCH_BOX(&residual_srelu_));                 \
-  m.impl("residual_srelu_backward", TORCH_BOX(&residual_srelu_backward))
+#ifdef ISONET_FAST_CUDA
+#define ISONET_FAST_SERVED(m, op)                                          \
+  static constexpr const char* op##_in_pytorch = "isonet_fast_pytorch::" #op; \
+  m.impl(#op, &served<TORCH_BOX(&op), op##_in_pytorch>)
+#else
+#define ISONET_FAST_SERVED(m, op) m.impl(#op, TORCH_BOX(&op))
+#endif
+#define ISONET_FAST_IMPLEMENT(m)         \
+  ISONET_FAST_SERVED(m, srelu);          \
+  ISONET_FAST_SERVED(m, srelu_);         \
+  ISONET_FAST_SERVED(m, srelu_backward); \
+  ISONET_FAST_SERVED(m, residual_srelu); \
+  ISONET_FAST_SERVED(m, residual_srelu_); \
+  ISONET_FAST_SERVED(m, residual_srelu_backward)
 
 STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CPU, m) {
   ISONET_FAST_IMPLEMENT(m);
@@ -351,4 +401,10 @@ STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CPU, m) {
 }
 #ifdef ISONET_FAST_CUDA
 STABLE_TORCH_LIBRARY_IMPL(isonet_fast, CUDA, m) { ISONET_FAST_IMPLEMENT(m); }
+
+// Why the kernels do not run on a device; null if they do, or if none was launched there.
+extern "C" __attribute__((visibility("default"))) const char* isonet_fast_refusal(int32_t device) {
+  const cudaError_t error = first_launches.at(device).error;
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 #endif

@@ -47,7 +47,7 @@ def _version(package: str) -> str:
 
 
 def _streaming(device: torch.device) -> str:
-    if why := _library.why_not(device.type):
+    if why := _library.why_not(device):
         return f"PyTorch: {why}"
     return "CUDA kernels (csrc)" if device.type == "cuda" else "C++ kernels (csrc)"
 

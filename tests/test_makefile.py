@@ -1,4 +1,4 @@
-"""The Makefile's GPU targets: one line and nothing else where they can't run; where they can, nothing hides a failure."""
+"""The GPU targets: one line and nothing else where they can't run; where they can, nothing hides a failure."""
 
 import os
 import pathlib

@@ -1,13 +1,17 @@
 """The operator library `isonet_fast`: the compiled kernels if they are there, the same schemas from Python if not.
 
 The PyTorch implementations are registered at CompositeExplicitAutograd, below every device's own key: the
-dispatcher takes a compiled kernel wherever one exists for the device and PyTorch everywhere else.
+dispatcher takes a compiled kernel wherever one exists for the device and PyTorch everywhere else. They are registered
+a second time, as ops of `isonet_fast_pytorch`: a GPU that refuses the first launch of a kernel is served by those.
 """
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,27 +45,55 @@ def _load() -> str | None:
 
 ops = torch.ops.isonet_fast
 library = torch.library.Library("isonet_fast", "FRAGMENT")
+in_pytorch = torch.library.Library("isonet_fast_pytorch", "DEF")
 why_not_compiled = _load()
-if why_not_compiled:
-    for schema in SCHEMAS:
+for schema in SCHEMAS:
+    in_pytorch.define(schema)
+    if why_not_compiled:
         library.define(schema)
+_warned: set[torch.device] = set()
 
 
 def implement(name: str) -> Callable:
     """Register the decorated function as the PyTorch implementation of op `name`."""
 
     def register(function: Callable) -> Callable:
+        def instead(x: torch.Tensor, *arguments: Any) -> Any:
+            _warn(x.device)
+            return function(x, *arguments)
+
         library.impl(name, function, "CompositeExplicitAutograd")
+        if any(schema.startswith(f"{name}(") for schema in SCHEMAS):
+            in_pytorch.impl(name, instead, "CompositeExplicitAutograd")
         return function
 
     return register
 
 
-def why_not(device_type: str) -> str | None:
-    """Why the compiled library does not serve this device type, or None."""
-    if compiled_for(device_type):
+def _warn(device: torch.device) -> None:
+    """Once per device: the op is right, but slow."""
+    if device not in _warned:
+        _warned.add(device)
+        warnings.warn(f"isonet_fast: PyTorch serves SReLU on {device}: {_refusal(device)}", stacklevel=2)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the compiled kernels do not serve this device, or None. Asked about a GPU, it launches one there."""
+    if not compiled_for(device.type):
+        return why_not_compiled or "the compiled library has no kernels for this device"
+    if device.type != "cuda":
         return None
-    return why_not_compiled or "the compiled library has no kernels for this device"
+    with warnings.catch_warnings(action="ignore"):
+        ops.srelu(torch.zeros(1, 1, device=device), torch.zeros(1, device=device))
+    return _refusal(device)
+
+
+def _refusal(device: torch.device) -> str | None:
+    """What the first launch on this GPU failed with, if it was made and failed."""
+    ask = ctypes.CDLL(str(COMPILED)).isonet_fast_refusal
+    ask.restype = ctypes.c_char_p
+    reason = ask(torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index or 0)
+    return None if reason is None else f"its first launch failed: {reason.decode()}"
 
 
 def compiled_for(device_type: str) -> bool:

@@ -176,3 +176,19 @@ def test_the_latest_group_that_holds_every_provider():
     assert rows.group(together + later, ("a", "b"), op="x*") == {"a": together[0], "b": together[1]}
     assert rows.group(together + later, ("a",), op="x y") == {"a": later[0]}
     assert rows.group(together, ("c",)) == {} and rows.group(together, op="y") == {}
+
+
+@pytest.mark.parametrize(
+    ("failing", "left_out"), [("SReLU", {"srelu", "step"}), ("the penalty", {"orthogonality", "step"})]
+)
+def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session, failing, left_out):
+    """One probe fails: the other op's kernels are timed, and everybody else's."""
+    reasons = {"SReLU": None, "the penalty": None} | {failing: "no kernel image is available"}
+    monkeypatch.setattr(harness._library, "why_not", lambda device: reasons["SReLU"])
+    monkeypatch.setattr(harness.kernels, "unavailable", lambda device: reasons["the penalty"])
+    session._lacking = harness.lacking(session.device)
+    for op in ("srelu", "orthogonality", "step"):
+        contenders = [Contender(provider, lambda: None) for provider in ("official", "isonet_fast")]
+        timed = session.compare(Problem(op, "forward", "2", "float32"), contenders)
+        assert set(timed) == {"official"} if op in left_out else {"official", "isonet_fast"}
+    assert session.failures == len(left_out)

@@ -19,6 +19,7 @@ struct EmulatedDeviceGuard {
 
 #define DeviceGuard EmulatedDeviceGuard
 #define is_cuda is_cpu
+#define aoti_torch_device_type_cuda aoti_torch_device_type_cpu
 #include "bindings.cpp"
 
 extern "C" {
@@ -29,7 +30,9 @@ AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   return torch::stable::accelerator::EmulatedDeviceGuard::alive == 1 ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
-const char* cudaGetErrorString(cudaError_t) { return "a launcher of the emulator refused"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice ? "no kernel image is available" : "a launcher of the emulator refused";
+}
 
 [[gnu::visibility("default")]] int emulated_launches() { return emulator::launches; }
 

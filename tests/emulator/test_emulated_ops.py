@@ -16,22 +16,44 @@ TESTS = ("csrc/test_kernels.py", "ops/test_srelu.py", "ops/test_residual_srelu.p
 SKIPS = ("no GPU", "graphs and streams are CUDA's")  # what only a GPU can show
 
 
-def test_ops(tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a copy of the package whose kernels the emulator runs."""
     if reason := obstacle():
         pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("emulated")
     # A directory, and so a lock, of its own: the other tests of the emulator need not wait for this build.
     library = build(ROOT / "build" / "emulated_ops", "-DOPS=ON") / "emulated_C.so"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    shutil.copytree(ROOT / "isonet_fast", tmp_path / "isonet_fast", ignore=ignored)
-    shutil.copy(library, tmp_path / "isonet_fast" / "_C.so")
+    shutil.copytree(ROOT / "isonet_fast", folder / "isonet_fast", ignore=ignored)
+    shutil.copy(library, folder / "isonet_fast" / "_C.so")
+    return folder
+
+
+def run(folder: pathlib.Path, script: str, *arguments: str, **more: str) -> str:
+    """Run a script of this directory on that copy; what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(HERE / "emulated_ops.py"), "-p", "no:cacheprovider"]
-    command += ["-p", "no:xdist", "-rs", "--tb=short", f"--rootdir={ROOT}"]
-    command += [str(ROOT / "tests" / test) for test in TESTS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1", **more}
+    command = [sys.executable, "-W", "ignore", str(HERE / script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    skipped = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    return done.stdout
+
+
+def launches(printed: str) -> int:
+    found = re.search(r"(\d+) launches", printed)
+    assert found is not None, printed[-2000:]
+    return int(found[1])
+
+
+def test_ops(emulated: pathlib.Path) -> None:
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--tb=short", f"--rootdir={ROOT}"]
+    printed = run(emulated, "emulated_ops.py", *options, *(str(ROOT / "tests" / test) for test in TESTS))
+    skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
     assert all(line.endswith(SKIPS) for line in skipped), skipped
-    launches = re.search(r"(\d+) launches", done.stdout)
-    assert launches is not None and int(launches[1]) > 1000, done.stdout[-2000:]
+    assert launches(printed) > 1000
+
+
+def test_a_refused_launch_ends_in_pytorch(emulated: pathlib.Path) -> None:
+    """A driver older than the toolkit, or a chip that the library holds no code for: tried once, then never again."""
+    assert launches(run(emulated, "refused.py", EMULATOR_REFUSES="1")) == 1
