@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from .conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
 
 
 class _ChannelBias(nn.Module):
@@ -19,6 +21,11 @@ class _ChannelBias(nn.Module):
         super().__init__()
         self.num_channels, self.inplace = num_channels, inplace
         self.srelu_bias = nn.Parameter(torch.full((1, num_channels, 1, 1), init, device=device, dtype=dtype))
+
+    def _writes_over(self, x: Tensor) -> bool:
+        """In place where asked for, but never over what a full backward hook looks at: PyTorch hands that on as a view
+        over which autograd lets nobody write."""
+        return self.inplace and not _hooked(x)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}" + (", inplace=True" if self.inplace else "")
@@ -32,7 +39,7 @@ class SReLU(_ChannelBias):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.srelu(x, self.srelu_bias, self.inplace)
+        return functional.srelu(x, self.srelu_bias, self._writes_over(x))
 
 
 class ResidualSReLU(_ChannelBias):
@@ -43,7 +50,7 @@ class ResidualSReLU(_ChannelBias):
     """
 
     def forward(self, shortcut: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
-        return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, self.inplace)
+        return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, self._writes_over(branch))
 
 
 class SharedScale(nn.Module):
@@ -56,13 +63,41 @@ class SharedScale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.view([1] * x.dim())
 
-    def fold(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    def fold(self, conv: nn.Module, x: Tensor) -> Tensor:
         """s * conv(x), computed as one convolution with the weight s W, which is formed in float32.
 
         Same values and gradients as scaling the output, but neither the unscaled output nor a pass over it is needed.
+        Only a bare convolution is folded into. One with hooks, a parametrisation, a pruning mask, a replaced forward or
+        a wrapper is called as a module, and so is this scale; the product is rounded once, to the output's dtype.
         """
-        weight, bias = conv.weight, conv.bias  # read once: a parametrized weight is computed at every reading
+        if not (isinstance(x, Tensor) and isinstance(conv, _CONVOLUTIONS) and _bare(conv) and _bare(self)):
+            y = conv(x)
+            return self(y).to(y.dtype)
+        weight, bias = conv.weight, conv.bias
         wide = torch.promote_types(weight.dtype, torch.float32)
         scale = self.scale.to(wide).view(())
         scaled = (scale * weight.to(wide)).to(weight.dtype)
         return conv._conv_forward(x, scaled, None if bias is None else (scale * bias.to(wide)).to(bias.dtype))
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BARE = (*_CONVOLUTIONS, OrthoConv1d, OrthoConv2d, OrthoConv3d, SharedScale)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _bare(module: nn.Module) -> bool:
+    """To call it runs the forward of one of these very classes, and nothing else."""
+    return (
+        type(module) in _BARE
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not _has_any_global_hook()
+    )
+
+
+def _hooked(x: Tensor) -> bool:
+    """A full backward hook on the module before or on this one made a view of the tensor."""
+    if torch.compiler.is_compiling():  # no grad_fn there; any view then, since a compiled graph allocates for itself
+        return x._base is not None
+    return type(x.grad_fn).__name__ == "BackwardHookFunctionBackward"
