@@ -87,9 +87,9 @@ def stage(
 
 
 class Head(nn.Module):
-    """Average pooling, dropout (None: no such layer), linear classifier."""
+    """Average pooling, dropout (0: no such layer), linear classifier."""
 
-    def __init__(self, inputs: int, num_classes: int, dropout: float | None = None) -> None:
+    def __init__(self, inputs: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()

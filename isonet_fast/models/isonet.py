@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import SReLU
+from .arguments import dropout_rate, positive
 from .blocks import BasicBranch, BottleneckBranch, Head, conv, stage
+from .network import Network
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # per stage
 BOTTLENECK = (50, 101)
@@ -33,31 +35,22 @@ class Stem(nn.Module):
         return self.relu(self.pool(self.conv(x)))
 
 
-class ISONet(nn.Module):
+class ISONet(Network):
     """See `isonet18` to `risonet101`."""
 
     def __init__(self, depth: int, residual: bool, num_classes: int, in_channels: int, dropout: float | None) -> None:
         super().__init__()
-        for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        dropout = _DROPOUT[residual] if dropout is None else dropout
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be None (as published) or in [0, 1), got {dropout!r}")
+        num_classes, in_channels = positive("num_classes", num_classes), positive("in_channels", in_channels)
+        dropout = dropout_rate(dropout, _DROPOUT[residual], "as published")
         branch = BottleneckBranch if depth in BOTTLENECK else BasicBranch
         expansion = 4 if depth in BOTTLENECK else 1
+        self.feature_channels = {f"s{n + 1}": 64 * 2**n * expansion for n in range(4)}
         self.stem = Stem(in_channels, 64)
         width = 64
-        for n, blocks in enumerate(BLOCKS[depth]):
-            outputs = 64 * 2**n * expansion
-            self.add_module(f"s{n + 1}", stage(branch, width, outputs, 1 if n == 0 else 2, blocks, residual))
+        for (name, outputs), blocks in zip(self.feature_channels.items(), BLOCKS[depth], strict=True):
+            self.add_module(name, stage(branch, width, outputs, 1 if name == "s1" else 2, blocks, residual))
             width = outputs
         self.head = Head(width, num_classes, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W) -> (N, num_classes)
-        for part in self.children():
-            x = part(x)
-        return x
 
 
 def isonet18(*, num_classes: int = 1000, in_channels: int = 3, dropout: float | None = None) -> ISONet:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import SReLU
+from .arguments import dropout_rate, integer, positive, truth
 from .blocks import BasicBranch, Head, conv, stage
+from .network import Network
 
 
 class CifarStem(nn.Module):
@@ -20,33 +22,40 @@ class CifarStem(nn.Module):
         return self.relu(self.conv(x))
 
 
-class ISONetCifar(nn.Module):
+class ISONetCifar(Network):
     """See `isonet_cifar`."""
 
-    def __init__(self, depth: int, residual: bool, width: int, num_classes: int, in_channels: int) -> None:
+    def __init__(
+        self, depth: int, residual: bool, width: int, num_classes: int, in_channels: int, dropout: float
+    ) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
+        self.feature_channels = {"s1": width, "s2": 2 * width, "s3": 4 * width}
         self.stem = CifarStem(in_channels, width)
         self.s1 = stage(BasicBranch, width, width, 1, blocks, residual)
         self.s2 = stage(BasicBranch, width, 2 * width, 2, blocks, residual)
         self.s3 = stage(BasicBranch, 2 * width, 4 * width, 2, blocks, residual)
-        self.head = Head(4 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W) -> (N, num_classes)
-        return self.head(self.s3(self.s2(self.s1(self.stem(x)))))
+        self.head = Head(4 * width, num_classes, dropout)
 
 
 def isonet_cifar(
-    depth: int, residual: bool = False, width: int = 16, num_classes: int = 10, in_channels: int = 3
+    depth: int,
+    residual: bool = False,
+    width: int = 16,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    dropout: float | None = None,
 ) -> ISONetCifar:
     """ISONet (or with `residual` R-ISONet) for small images: three stages of widths w, 2w, 4w, no normalisation.
 
-    depth: 6 n + 2 with n blocks per stage: 8, 14, 20, 26, 32, ..., 110. Raises ValueError for another depth, or for a
-    width, classes or channels below 1.
+    depth: 6 n + 2 with n blocks per stage: 8, 14, 20, 26, 32, ..., 110. dropout: before the classifier; None: no such
+    layer. Raises TypeError for an argument of another type; ValueError for another depth, for a width, classes or
+    channels below 1, and for a dropout outside [0, 1).
     """
+    depth = integer("depth", depth)
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
-    for name, value in (("width", width), ("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    return ISONetCifar(depth, residual, width, num_classes, in_channels)
+    sizes = dict(width=width, num_classes=num_classes, in_channels=in_channels)
+    sizes = {name: positive(name, value) for name, value in sizes.items()}
+    rate = dropout_rate(dropout, 0.0, "no such layer")
+    return ISONetCifar(depth, truth("residual", residual), **sizes, dropout=rate)

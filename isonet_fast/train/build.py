@@ -22,9 +22,9 @@ def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:
     if config.name not in NETWORKS:
         raise ValueError(f"model.name must be one of {', '.join(NETWORKS)}, got {config.name!r}")
     if config.name == "isonet_cifar":
-        if config.dropout is not None:
-            raise ValueError(f"model.dropout must be null for isonet_cifar, which has none, got {config.dropout}")
-        return models.isonet_cifar(config.depth, config.residual, config.width, num_classes, in_channels)
+        return models.isonet_cifar(
+            config.depth, config.residual, config.width, num_classes, in_channels, dropout=config.dropout
+        )
     constructor = getattr(models, config.name)
     return constructor(num_classes=num_classes, in_channels=in_channels, dropout=config.dropout)
 

@@ -28,7 +28,7 @@ _LARGEST_SEED = 2**40  # the data and their order are seeded with about a millio
 @dataclass
 class Model:
     name: str = "isonet50"  # one of isonet_fast.models
-    dropout: float | None = None  # None: as published; not for isonet_cifar
+    dropout: float | None = None  # None: as published; none in isonet_cifar
     depth: int = 32  # isonet_cifar only, as are the next two
     residual: bool = False
     width: int = 16

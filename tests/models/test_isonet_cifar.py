@@ -263,5 +263,5 @@ def test_depth_must_be_six_n_plus_two(depth):
 
 @pytest.mark.parametrize("name", ["width", "num_classes", "in_channels"])
 def test_sizes_must_be_positive(name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
         isonet_cifar(8, **{name: 0})
