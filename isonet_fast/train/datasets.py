@@ -6,45 +6,17 @@ that example alone: the same image in whatever order, worker or run it is asked 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from .config import Data
 from .digits import digits
+from .examples import Source
 from .files import user_path
-from .terminal import printable
+from .import_torchvision import import_torchvision
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")
-
-
-class Corrupt(Exception):
-    """An example that cannot be read; picklable, for it crosses from a worker."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return printable(f"{self.path} ({self.reason})")
-
-
-class Examples(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        """float32 (C, H, W) and its label; raises Corrupt."""
-
-
-@dataclass
-class Source:
-    train: Examples
-    val: Examples
-    num_classes: int
-    channels: int
 
 
 def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
@@ -65,12 +37,14 @@ def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
         return Source(TensorDataset(images, labels), TensorDataset(*test), 10, 1)
     if kind == "synthetic":
         return synthetic(argument, config.image_size, seed)
-    from . import vision  # torchvision, which the others do without
+    import_torchvision()  # the others do without it; this says what to install
+    from .cifar import cifar
+    from .imagefolder import imagefolder
 
     directory = user_path(argument)
     if kind == "imagefolder":
-        return vision.imagefolder(directory, config.image_size, evaluating)
-    return vision.cifar(kind, directory, evaluating)
+        return imagefolder(directory, config.image_size, evaluating)
+    return cifar(kind, directory, evaluating)
 
 
 class Synthetic:

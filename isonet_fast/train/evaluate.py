@@ -33,6 +33,8 @@ def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str 
     model, settled = network(path, [*settings, *([f"data.source={data}"] if data is not None else [])], preset)
     classes, channels = _ends(model.state_dict(), path)
     source = open_source(settled.data, settled.seed, evaluating=True)
+    for note in source.notes:
+        print(note)
     if (source.num_classes, source.channels) != (classes, channels):
         raise ValueError(
             f"{path} tells {classes} classes apart in images of {channels} channels; "

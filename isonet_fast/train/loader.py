@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .datasets import Corrupt, Examples
 from .distributed import ALONE, Processes
+from .examples import Corrupt, Examples
 
 
 class WorkerDied(RuntimeError):
     """A process that loads data was killed."""
 
+
+_IN_A_ROW = 100  # so many unreadable images are no accident of images: their disk is gone
 
 Key = tuple[int, int]  # epoch (0 when evaluating), index
 Item = tuple[Tensor, int] | Corrupt
@@ -133,10 +135,15 @@ class Loader:
         )
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """start: how many examples of the epoch are done, by all processes together."""
+        """start: how many examples of the epoch are done, by all processes together. OSError if a disk is gone."""
         self.order.epoch, self.order.start = epoch, start
+        unreadable = 0
         with naming_dead_workers(self.loader.num_workers):
-            yield from self.loader
+            for batch in self.loader:
+                unreadable = unreadable + len(batch.corrupt) if batch.images is None else 0
+                if unreadable >= _IN_A_ROW:
+                    raise OSError(f"{unreadable} images in a row cannot be read, the last: {batch.corrupt[-1]}")
+                yield batch
 
 
 @contextmanager

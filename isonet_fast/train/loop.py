@@ -24,9 +24,10 @@ from ..regularizer import OrthoRegularizer, param_groups
 from . import checkpoint, schedule
 from .build import autocast, build_model
 from .config import Config
-from .datasets import Corrupt, open_source
+from .datasets import open_source
 from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
+from .examples import Corrupt
 from .files import sweep, to_resume
 from .interrupts import Interrupted, Signals
 from .loader import Batch, Loader, WorkerDied, naming_dead_workers
@@ -51,6 +52,8 @@ class Run:
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.manual_seed(config.seed)
         self.source = open_source(config.data, config.seed)
+        for note in self.source.notes:
+            processes.say(note)
         self.model = build_model(config.model, self.source.num_classes, self.source.channels).to(self.device)
         self.sharded = config.fsdp and processes.size > 1
         if config.channels_last and not self.sharded:  # shards are contiguous; there the images alone bring the format

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .build import autocast
 from .config import Config
-from .datasets import Corrupt
+from .examples import Corrupt
 from .loader import Loader
 from .metrics import Sums
 

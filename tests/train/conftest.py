@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,3 +47,11 @@ def photographs_in(root: Path) -> None:
                 height, width = 30 + 7 * n, 60 - 4 * n
                 pixels = torch.randint(0, 200, (height, width, 3), dtype=torch.uint8, generator=generator)
                 Image.fromarray((pixels + 55 * label).numpy()).save(directory / f"{n}.jpg")
+
+
+def folder(part: Path, transform: Any = None) -> Any:
+    """The images of DIR/train or DIR/val."""
+    from isonet_fast.train.imagefolder import ImageFolder, class_folders, images_of
+    from isonet_fast.train.transforms import evaluation
+
+    return ImageFolder(images_of(part), class_folders(part), transform or evaluation(16))

@@ -1,4 +1,4 @@
-"""The data: order, augmentation and workers never change an example; files are read safely; corrupt ones are named."""
+"""The data: order, augmentation and workers never change an example; CIFAR is read safely."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from isonet_fast.train.config import Config, Data
-from isonet_fast.train.datasets import Corrupt, Synthetic, open_source
+from isonet_fast.train.datasets import Synthetic, open_source
 from isonet_fast.train.loader import Loader, WorkerDied, naming_dead_workers
+
+from .conftest import folder
+
+# torchvision is imported where it is needed: a GPU machine without it collects this file, and runs none of these tests.
 
 
 @pytest.fixture
-def vision() -> ModuleType:
-    """Imported where it is needed: a GPU machine without torchvision collects this file, and runs none of it."""
-    from isonet_fast.train import vision
+def transforms() -> ModuleType:
+    from isonet_fast.train import transforms
 
-    return vision
+    return transforms
 
 
 # -- order ---------------------------------------------------------------
@@ -48,10 +51,10 @@ def test_an_epoch_sees_every_image_once_and_the_next_in_another_order(small: Cal
     assert len(loader(small("data.batch_size=10")).order) == 4  # the rest is dropped
 
 
-def test_a_started_epoch_goes_on_where_it_was(photographs: Path, vision: ModuleType) -> None:
+def test_a_started_epoch_goes_on_where_it_was(photographs: Path, transforms: ModuleType) -> None:
     """The same batches from position 2 on, with workers or without, with their random crops."""
-    folder = vision.ImageFolder(photographs / "train", vision.training(24))
-    kinds = [Loader(folder, 4, workers, 7, True, False) for workers in (0, 1, 2)]
+    images = folder(photographs / "train", transforms.training(24))
+    kinds = [Loader(images, 4, workers, 7, True, False) for workers in (0, 1, 2)]
     whole = list(kinds[0].batches(3))
     for kind in kinds:
         part = list(kind.batches(3, 8))
@@ -62,11 +65,11 @@ def test_a_started_epoch_goes_on_where_it_was(photographs: Path, vision: ModuleT
     assert torch.equal(following[0], following[1]) and torch.equal(following[0], following[2])
 
 
-def test_an_augmentation_follows_from_seed_epoch_and_index(photographs: Path, vision: ModuleType) -> None:
-    folder = vision.ImageFolder(photographs / "train", vision.training(24))
+def test_an_augmentation_follows_from_seed_epoch_and_index(photographs: Path, transforms: ModuleType) -> None:
+    images = folder(photographs / "train", transforms.training(24))
 
     def first(seed: int, epoch: int) -> Tensor:
-        return Loader(folder, 4, 0, seed, True, False).loader.dataset[epoch, 0][0]
+        return Loader(images, 4, 0, seed, True, False).loader.dataset[epoch, 0][0]
 
     assert torch.equal(first(7, 3), first(7, 3))
     assert not torch.equal(first(7, 3), first(7, 4)) and not torch.equal(first(7, 3), first(8, 3))
@@ -74,7 +77,7 @@ def test_an_augmentation_follows_from_seed_epoch_and_index(photographs: Path, vi
 
 @pytest.mark.parametrize("train", [True, False])
 def test_loading_leaves_every_generator_alone(
-    train: bool, photographs: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch
+    train: bool, photographs: Path, transforms: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout draws from torch's: a run that resumes within an epoch must find it as it was."""
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs' generators were seeded"))
@@ -82,9 +85,9 @@ def test_loading_leaves_every_generator_alone(
     def states() -> tuple:
         return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
-    transform = vision.training(16) if train else vision.evaluation(16)
+    transform = transforms.training(16) if train else transforms.evaluation(16)
     before = states()
-    batches = list(Loader(vision.ImageFolder(photographs / "train", transform), 4, 0, 0, train, False).batches(1))
+    batches = list(Loader(folder(photographs / "train", transform), 4, 0, 0, train, False).batches(1))
     assert any(batch.corrupt for batch in batches)  # that way out, too
     assert states() == before
 
@@ -133,53 +136,16 @@ def test_sources_that_are_none(source: str, message: str) -> None:
 # -- images ---------------------------------------------------------------
 
 
-def test_corrupt_images_are_named(photographs: Path, vision: ModuleType) -> None:
-    (photographs / "train" / "cat" / "0.jpg").write_bytes(b"not an image")
-    folder = vision.ImageFolder(photographs / "train", vision.training(16))
-    (batch,) = Loader(folder, 18, 0, 0, True, False).batches(1)
-    assert len(batch.images) == len(batch.labels) == 16
-    assert sorted(os.path.relpath(c.path, photographs) for c in batch.corrupt) == ["train/cat/0.jpg", "train/dog/4.jpg"]
-    assert any("truncated" in c.reason for c in batch.corrupt)
-    assert str(pickle.loads(pickle.dumps(batch.corrupt[0]))) == str(batch.corrupt[0])
-
-
-def test_a_decompression_bomb_is_corrupt(
-    photographs: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from PIL import Image
-
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(Corrupt, match="DecompressionBombError"):
-        vision.ImageFolder(photographs / "val", vision.evaluation(16))[0]
-
-
-def test_trouble_of_the_disk_is_not_taken_for_a_corrupt_image(photographs: Path, vision: ModuleType) -> None:
-    folder = vision.ImageFolder(photographs / "train", vision.evaluation(16))
-    (photographs / "train" / "cat" / "0.jpg").unlink()
-    with pytest.raises(FileNotFoundError):
-        folder[0]
-
-
-def test_a_class_without_images(photographs: Path, vision: ModuleType) -> None:
-    (photographs / "val" / "emu").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no valid file for the classes emu.*holds train/CLASS/ and val/CLASS"):
-        vision.ImageFolder(photographs / "val", vision.evaluation(16))
-
-
-def test_train_and_val_of_other_classes(photographs: Path) -> None:
-    (photographs / "val" / "cat").rename(photographs / "val" / "cow")
-    with pytest.raises(ValueError, match="train and val differ in their classes: cat, cow"):
-        open_source(Data(source=f"imagefolder:{photographs}"), 0)
-
-
-def test_evaluation_is_the_centre_of_the_resized_image(vision: ModuleType) -> None:
+def test_evaluation_is_the_centre_of_the_resized_image(transforms: ModuleType) -> None:
     """224 of 256, normalised by ImageNet's mean and deviation."""
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (256, 300, 3), dtype=np.uint8)
-    got = vision.evaluation(224)(Image.fromarray(pixels))
-    np.testing.assert_allclose(got.numpy(), normalised(pixels[16:240, 38:262], vision.IMAGENET), rtol=1e-5, atol=1e-6)
-    assert vision.evaluation(32)(Image.new("RGB", (500, 40))).shape == (3, 32, 32)
+    got = transforms.evaluation(224)(Image.fromarray(pixels))
+    np.testing.assert_allclose(
+        got.numpy(), normalised(pixels[16:240, 38:262], transforms.IMAGENET), rtol=1e-5, atol=1e-6
+    )
+    assert transforms.evaluation(32)(Image.new("RGB", (500, 40))).shape == (3, 32, 32)
 
 
 def normalised(pixels: np.ndarray, statistics: tuple) -> np.ndarray:
@@ -188,14 +154,14 @@ def normalised(pixels: np.ndarray, statistics: tuple) -> np.ndarray:
     return ((pixels / np.float32(255) - mean) / deviation).transpose(2, 0, 1)
 
 
-def test_training_crops_part_of_the_image_and_flips_it(vision: ModuleType) -> None:
+def test_training_crops_part_of_the_image_and_flips_it(transforms: ModuleType) -> None:
     """On an image whose red grows to the right and whose green grows downwards, a crop shows where it lay."""
     from PIL import Image
 
     ramp = np.linspace(0, 255, 200).astype(np.uint8)
     pixels = np.stack([*np.broadcast_arrays(ramp[None, :], ramp[:, None]), np.zeros((200, 200), np.uint8)], axis=-1)
-    image, transform = Image.fromarray(pixels), vision.training(32)
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in vision.IMAGENET)
+    image, transform = Image.fromarray(pixels), transforms.training(32)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in transforms.IMAGENET)
     areas, flips = [], 0
     for _ in range(200):
         x = transform(image) * deviation + mean
@@ -211,12 +177,14 @@ def test_training_crops_part_of_the_image_and_flips_it(vision: ModuleType) -> No
 
 
 @pytest.fixture
-def cifar(tmp_path: Path, vision: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray, np.ndarray]:
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray, np.ndarray]:
     """Both data sets as their archives unpack, four images a file (20 in CIFAR-100's train), with the sums to match."""
+    from isonet_fast.train import cifar as archives
+
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 3072), dtype=np.uint8)
     labels = rng.integers(0, 10, 24).tolist()
-    for data_set, key in ((vision.CIFAR10, "labels"), (vision.CIFAR100, "fine_labels")):
+    for data_set, key in ((archives.CIFAR10, "labels"), (archives.CIFAR100, "fine_labels")):
         directory = tmp_path / data_set.base_folder
         directory.mkdir()
         at = 0
@@ -243,12 +211,12 @@ def write(path: Path, content: object) -> str:
     ("name", "inside", "classes"),
     [("cifar10", "", 10), ("cifar10", "cifar-10-batches-py", 10), ("cifar100", "", 100)],
 )
-def test_cifar(cifar: tuple, vision: ModuleType, name: str, inside: str, classes: int) -> None:
+def test_cifar(cifar: tuple, transforms: ModuleType, name: str, inside: str, classes: int) -> None:
     root, images, labels = cifar
     source = open_source(Data(source=f"{name}:{root / inside}"), 0)
     assert (len(source.train), len(source.val), source.num_classes, source.channels) == (20, 4, classes, 3)
     image, label = source.val[1]
-    expected = normalised(images[21].reshape(3, 32, 32).transpose(1, 2, 0), vision.CIFAR)
+    expected = normalised(images[21].reshape(3, 32, 32).transpose(1, 2, 0), transforms.CIFAR)
     np.testing.assert_allclose(image.numpy(), expected, rtol=1e-5, atol=1e-6)
     assert label == labels[21]
     items = Loader(source.train, 4, 0, 0, True, False).loader.dataset
@@ -257,11 +225,11 @@ def test_cifar(cifar: tuple, vision: ModuleType, name: str, inside: str, classes
     assert len(open_source(Data(source=f"{name}:{root}"), 0, evaluating=True).train) == 4
 
 
-def test_cifar_crops_out_of_four_black_pixels_and_flips(cifar: tuple, vision: ModuleType) -> None:
+def test_cifar_crops_out_of_four_black_pixels_and_flips(cifar: tuple, transforms: ModuleType) -> None:
     root, images, _ = cifar
     train = open_source(Data(source=f"cifar10:{root}"), 0).train
     padded = np.pad(images[0].reshape(3, 32, 32), ((0, 0), (4, 4), (4, 4))).transpose(1, 2, 0)
-    crops = [normalised(padded[y : y + 32, x : x + 32], vision.CIFAR) for y in range(9) for x in range(9)]
+    crops = [normalised(padded[y : y + 32, x : x + 32], transforms.CIFAR) for y in range(9) for x in range(9)]
     possible = np.stack([*crops, *(crop[:, :, ::-1] for crop in crops)])
     seen = set()
     for _ in range(60):
@@ -308,7 +276,3 @@ def test_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     version = torch.__version__.partition("+")[0]
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'isonet_fast\[vision\]' torch=={version} "):
         import_torchvision()
-
-
-def test_corrupt_reads_well() -> None:
-    assert str(Corrupt("a/b.jpg", "image file is truncated")) == "a/b.jpg (image file is truncated)"
