@@ -54,6 +54,11 @@ def watched() -> Iterator[list[tuple[str, Any]]]:
     _seen = None
 
 
+def besides(run: Path, watched: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What was seen, except the making of the run's own directory."""
+    return [event for event in watched if event[0] != "os.mkdir" or Path(event[1][0]) != run]
+
+
 class Command:
     """Unpickled by a careless reader, it makes a directory through the shell."""
 
@@ -172,7 +177,7 @@ def test_a_value_names_things_and_runs_nothing(
     watched.clear()
     assert main(words) == 1
     assert message in capsys.readouterr().err
-    assert not watched and not owned.exists()
+    assert not besides(run, watched) and not owned.exists()
 
 
 @pytest.mark.parametrize("name", ["../escaped", "{outside}/escaped", "archive/../../escaped", "data/../../escaped"])
@@ -201,7 +206,7 @@ def test_archives_of_data_are_not_unpacked(tmp_path: Path, watched: list, capsys
         words = ["train", "--config", "isonet_digits", "--data", source, "--output", str(tmp_path / "run")]
         assert main(words) == 1
     assert "nothing is downloaded for you" in capsys.readouterr().err
-    assert not watched and os.listdir(tmp_path) == ["cifar-10-python.zip"]
+    assert not besides(tmp_path / "run", watched) and os.listdir(tmp_path) == ["cifar-10-python.zip"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

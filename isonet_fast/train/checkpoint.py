@@ -94,11 +94,17 @@ def check(path: Path) -> None:
         raise Damaged(f"{path} is damaged: its checksum does not fit its content ({size} bytes)")
 
 
-def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
-    """The newer readable one of latest and previous, and its path; `say` is told of what was passed over."""
+def expect_any(directory: Path) -> list[Path]:
+    """The checkpoints that a run in the directory could go on from; FileNotFoundError if there is none."""
     paths = find(directory, "latest", "previous")
     if not paths:
         raise FileNotFoundError(f"no checkpoint in {directory}: neither latest.pt nor previous.pt (or .dcp)")
+    return paths
+
+
+def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[dict[str, Any], Path]:
+    """The newer readable one of latest and previous, and its path; `say` is told of what was passed over."""
+    paths = expect_any(directory)
     for path in paths:
         try:
             return load(path), path

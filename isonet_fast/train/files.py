@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -64,10 +65,19 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
+_TEMPORARY = re.compile(r"\.(latest|previous|best|epoch-\d+|metrics)-[0-9a-f]{8}\.tmp\.(pt|dcp|csv)")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `temporary_beside` makes such a name for one of a run's own files."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def sweep(directory: Path) -> None:
-    """Remove what killed writers have left in a directory that nobody else writes to."""
-    for temporary in directory.glob(".*-????????.tmp*"):
-        discard(temporary)
+    """Remove what killed writers of a run have left in its directory, and nothing else."""
+    for path in list(directory.iterdir()) if directory.exists() else []:
+        if is_temporary(path.name):
+            discard(path)
 
 
 def discard(path: Path) -> None:

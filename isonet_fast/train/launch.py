@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint, config, distributed
+from ..safe_load import few
+from . import checkpoint, config, distributed, lock
 from .config import Config
 from .distributed import Processes
-from .files import to_resume
+from .files import disk_errors_naming, is_temporary, to_resume
 from .loop import Run
 
 _LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
@@ -31,9 +34,19 @@ def run(args: argparse.Namespace) -> None:
         if args.resume is not None:
             if args.output is not None:
                 raise ValueError("--resume goes on in its own directory; leave --output out")
-            _resume(args, args.resume, processes)
+            processes.from_main(lambda: checkpoint.expect_any(args.resume))  # before anything is written there
+            with _locked(args.resume, processes):
+                _resume(args, args.resume, processes)
         else:
             _start(args, processes)
+
+
+@contextmanager
+def _locked(directory: Path, processes: Processes) -> Iterator[None]:
+    """Rank 0 holds the directory for all."""
+    with ExitStack() as stack:
+        processes.from_main(lambda: stack.enter_context(lock.locked(directory)))
+        yield
 
 
 def _start(args: argparse.Namespace, processes: Processes) -> None:
@@ -41,14 +54,17 @@ def _start(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f"say what to train with --config: {', '.join(config.presets())}, or a YAML file")
     settled = config.load(args.config, [*_data(args), *settings(args)])
     directory = args.output or Path("runs") / Path(args.config).stem
-    if processes.from_main(lambda: _goes_on(directory)):
-        _resume(args, directory, processes)
-    else:
-        _fit(settled, directory, None, processes)
+    processes.from_main(lambda: _goes_on(directory))  # before anything is written there
+    with _locked(directory, processes):
+        if processes.from_main(lambda: _claim(directory)):
+            _resume(args, directory, processes)
+        else:
+            _fit(settled, directory, None, processes)
 
 
 def _goes_on(directory: Path) -> bool:
-    """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's."""
+    """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's, and where
+    something else lies there that a run could write over."""
     launch, begun = distributed.launch_name(), directory / _LAUNCH
     if checkpoint.find(directory, "latest", "previous"):
         if launch is not None and begun.exists() and begun.read_text() == launch:
@@ -56,10 +72,20 @@ def _goes_on(directory: Path) -> bool:
         raise ValueError(
             f"{directory} holds a run already: go on with {to_resume(directory)}, or choose another --output"
         )
-    if launch is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        begun.write_text(launch)
+    names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+    foreign = [name for name in names if name not in (_LAUNCH, lock.NAME) and not is_temporary(name)]
+    if foreign:
+        raise ValueError(f"{directory} is not empty: it holds {few(foreign)}; choose another --output")
     return False
+
+
+def _claim(directory: Path) -> bool:
+    """`_goes_on`, once the directory is ours; torchrun's name is left in it."""
+    goes_on, launch = _goes_on(directory), distributed.launch_name()
+    if launch is not None and not goes_on:
+        with disk_errors_naming(directory / _LAUNCH):
+            (directory / _LAUNCH).write_text(launch)
+    return goes_on
 
 
 def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> None:

@@ -84,7 +84,7 @@ class Run:
         self.corrupt: dict[str, str] = {}
         self._signals = Signals(twice_ends=processes.size == 1)
         self._stop = 0  # what all processes stop for
-        self._saved_step = 0
+        self._saved_step: int | None = None  # of the last checkpoint, if there is one
         if self.wrapped is not self.model:
             self._settle()
         if state is None:
@@ -180,19 +180,20 @@ class Run:
         """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied, and
         OSError for a full disk or data that are gone; each says how to go on."""
         row: dict[str, float] = {}
-        if self.processes.main:
-            self.log.start(self.epoch)
-        self._announce()
-        if not self.step:
-            self.save()  # so that a divergence in the first epoch has a checkpoint to name
         with self._signals:
             try:
+                if not self.step:
+                    self.save()  # so that a divergence in the first epoch has a checkpoint to name
+                if self.processes.main:
+                    self.log.start(self.epoch)
+                self._announce()
                 with naming_dead_workers(self.train_loader.loader.num_workers):
                     while self.epoch <= self.config.schedule.epochs:
                         row = self._train_epoch()
             except (OSError, WorkerDied) as error:
                 kind = WorkerDied if isinstance(error, WorkerDied) else OSError
-                raise kind(f"{error};{self._last_good()} Go on with: {to_resume(self.directory)}") from error
+                how = "" if self._saved_step is None else f" Go on with: {to_resume(self.directory)}"
+                raise kind(f"{error};{self._last_good()}{how}") from error
             finally:
                 self.log.close()
         return row
@@ -352,6 +353,8 @@ class Run:
             raise Diverged(self.step, None, f" Nothing was saved;{self._last_good()}", weight=found[0])
 
     def _last_good(self) -> str:
+        if self._saved_step is None:
+            return " nothing has been saved yet."
         return f" the last good checkpoint is {self._path('latest')} (step {self._saved_step})."
 
     def _note(self, corrupt: list[Corrupt]) -> None:

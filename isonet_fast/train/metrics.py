@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .distributed import Processes
-from .files import replacing
+from .files import disk_errors_naming, replacing
 
 COLUMNS = (
     "epoch", "step", "lr", "loss", "penalty", "top1", "top5", "val_loss", "val_top1", "val_top5", "images_per_second",
@@ -59,26 +59,35 @@ class Log:
     directory: Path
 
     def __post_init__(self) -> None:
-        self.path = self.directory / "metrics.csv"
+        self.path, self.events = self.directory / "metrics.csv", self.directory / "tensorboard"
+        self.columns = list(COLUMNS)
         self.writer: Any = None
 
     def start(self, epoch: int) -> None:
-        """Begin with `epoch`: rows of it and later ones, of a run that was killed after its checkpoint, are dropped."""
-        rows = [row for row in self._rows() if int(row["epoch"]) < epoch]
-        with replacing(self.path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        """Begin with `epoch`: rows of it and later ones, of a run that was killed after its checkpoint, are dropped.
+
+        Columns that somebody has added stay, and are left empty in new rows. ValueError for a file that is no table
+        of ours any more.
+        """
+        rows = [row for row in self._read() if int(row["epoch"]) < epoch]
+        with replacing(self.path) as temporary, disk_errors_naming(self.path):
+            with open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:  # not installed
             return
-        self.writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=epoch)
+        with disk_errors_naming(self.events):
+            self.writer = SummaryWriter(str(self.events), purge_step=epoch)
 
     def add(self, row: dict[str, float]) -> None:
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
-        if self.writer is not None:
+        with disk_errors_naming(self.path), open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+        if self.writer is None:
+            return
+        with disk_errors_naming(self.events):
             for name, value in row.items():
                 if name not in ("epoch", "step"):
                     self.writer.add_scalar(name, value, int(row["epoch"]))
@@ -88,11 +97,24 @@ class Log:
         if self.writer is not None:
             self.writer.close()
 
-    def _rows(self) -> list[dict[str, str]]:
+    def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with open(self.path, newline="") as file:
-            return [row for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
+        try:
+            with open(self.path, newline="") as file:
+                reader = csv.DictReader(file)
+                header = list(reader.fieldnames or [])
+                rows = [row for row in reader if (row.get("epoch") or "").isdecimal()]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} is no CSV file: {error}; mend it, or move it away") from error
+        self.columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
+        for row in rows:
+            if None in row:
+                raise ValueError(
+                    f"{self.path} has more values than column names in the row of epoch {row['epoch']}; "
+                    "name the column, or move the file away"
+                )
+        return rows
 
 
 def progress(total: int, done: int, title: str, shown: bool) -> tqdm:

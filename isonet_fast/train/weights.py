@@ -13,7 +13,7 @@ from torch import nn
 
 from ..safe_load import import_safetensors, read_checkpoint, read_safetensors
 from .config import Model
-from .files import replacing
+from .files import disk_errors_naming, replacing
 
 SUFFIXES = (".pt", ".safetensors")
 _KEY = "isonet_fast"  # of the configuration in a file's metadata: the state_dict's own, or that of safetensors
@@ -23,13 +23,15 @@ def write(model: nn.Module, config: Model, path: Path) -> None:
     """Write the weights of `model`, which `config` builds, whole or not at all, in the format of the path's suffix."""
     check_suffix(path)
     state: Any = model.state_dict()  # an OrderedDict with the attribute _metadata, kept by torch.save and torch.load
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, disk_errors_naming(path):
         if path.suffix == ".pt":
             state._metadata[""][_KEY] = dataclasses.asdict(config)
-            torch.save(state, temporary)
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
         else:
             tensors = {name: value.contiguous() for name, value in state.items()}
-            import_safetensors().torch.save_file(tensors, temporary, {_KEY: json.dumps(dataclasses.asdict(config))})
+            packed = import_safetensors().torch.save(tensors, {_KEY: json.dumps(dataclasses.asdict(config))})
+            temporary.write_bytes(packed)  # not save_file: its error for a full disk is no OSError
 
 
 def check_suffix(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from isonet_fast import models
-from isonet_fast.train import checkpoint, evaluate
+from isonet_fast.train import checkpoint, evaluate, lock
 from isonet_fast.train.build import NETWORKS
 from isonet_fast.train.cli import main
 
@@ -64,6 +65,43 @@ def test_resume_extends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "at the end of its 1 epochs" in capsys.readouterr().out
     assert main(["train", "--resume", str(tmp_path), "--set", "schedule.epochs=2"]) == 0
     assert checkpoint.load(tmp_path / "latest.pt")["position"] == {**POSITION, "best": pytest.approx(50, abs=50)}
+
+
+NEW = ["train", "--config", "isonet_digits", *words("schedule.epochs=1", "data.batch_size=512")]
+
+
+@pytest.mark.parametrize("name", ["best.pt", "metrics.csv", ".best-0123abcd.tmp.pt.orig", "notes.txt", "epoch-3.pt"])
+def test_a_directory_that_is_not_empty_is_left_alone(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("theirs")
+    assert main([*NEW, "--output", str(tmp_path)]) == 1
+    assert f"{tmp_path} is not empty: it holds {name}; choose another --output" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path)]) == 1
+    assert f"no checkpoint in {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "theirs"
+
+
+def test_a_start_that_was_killed_is_no_hindrance(tmp_path: Path) -> None:
+    """A killed process leaves its lock's file and the temporary file of its first checkpoint."""
+    for name in (lock.NAME, ".latest-0123abcd.tmp.pt"):
+        (tmp_path / name).write_text("")
+    assert main([*NEW, "--output", str(tmp_path)]) == 0
+    assert {"latest.pt", "best.pt", "metrics.csv"} <= {path.name for path in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_run_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with lock.locked(run):
+        assert main([*NEW, "--output", str(run)]) == 1
+        assert f"{run} is in use by a run of process {os.getpid()} on " in capsys.readouterr().err
+        assert [path.name for path in run.iterdir()] == [lock.NAME]
+        checkpoint.save({"config": {}}, run / "latest.pt")
+        assert main(["train", "--resume", str(run)]) == 1
+        assert f"{run} is in use by" in capsys.readouterr().err
+    assert main([*NEW, "--output", str(tmp_path / "next"), "--data", "imagefolder:absent"]) == 1
+    assert not (tmp_path / "next").exists()  # a run that never began leaves nothing
 
 
 POSITION = {"epoch": 3, "examples": 0, "step": 4}

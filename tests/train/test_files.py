@@ -99,10 +99,11 @@ def test_what_a_killed_writer_left_is_swept_up(tmp_path):
     writer = replacing(tmp_path / "latest.pt")
     temporary = writer.__enter__()  # and never ends
     temporary.write_text("hal")
-    for name in ("latest.pt", ".hidden", "notes.tmp"):
+    kept = [".hidden", ".notes-0123abcd.tmp", ".notes-0123abcd.tmp.txt", ".latest-mine1234.tmp.pt", "latest.pt"]
+    for name in kept:
         (tmp_path / name).write_text("kept")
     sweep(tmp_path)
-    assert listing(tmp_path) == [".hidden", "latest.pt", "notes.tmp"]
+    assert listing(tmp_path) == sorted(kept)
 
 
 class FullDisk(io.BytesIO):
