@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test faults check kernels bench wheel test-gpu sanitize-gpu bench-gpu install-gpu clean
+.PHONY: help demo test faults fuzz check kernels bench wheel test-gpu sanitize-gpu bench-gpu install-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
@@ -23,6 +23,10 @@ test: $(READY)  ## the whole suite, on the CPU
 
 faults: $(READY)  ## kill runs, fill disks, damage files: what a fault costs (under five minutes; docs/reliability.md)
 	$(BIN)/python -m tests.faults
+
+fuzz: SECONDS := 60
+fuzz: $(READY)  ## random trials of everything public, on two cores; SECONDS=1800 makes about a million
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --workers 2
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .
