@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -42,3 +43,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """For tests whose subject compiles C or C++ while it runs: Inductor, Triton's launchers, nvcc's host part."""
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))):
+        pytest.skip("no C++ compiler on the PATH")

@@ -33,6 +33,8 @@ def obstacle() -> str | None:
         return "nvcc was not found"
     if cuobjdump() is None:
         return "cuobjdump was not found (CUDA's toolkit and Triton's package have it)"
+    if shutil.which("g++") is None:
+        return "g++ was not found (nvcc compiles the host's part with it)"
     return None
 
 

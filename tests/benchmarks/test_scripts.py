@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ def threads():
     yield
     torch.set_num_threads(before)
     torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def folder_for_rows(tmp_path, monkeypatch):
+    """Dry runs keep their rows in a temporary folder: one that pytest removes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 def stored():
@@ -59,7 +67,8 @@ def test_dry_run(script, options, expected):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the null driver would hide this machine's GPU")
-def test_dry_run_of_the_host(tmp_path):
+@pytest.mark.usefixtures("compiler")
+def test_dry_run_of_the_host():
     """In a process of its own, whose driver launches nothing."""
     code = "from benchmarks import bench_host; session = bench_host.main(['--dry-run']); print(session.path)"
     command = [sys.executable, "-c", f"{code}; raise SystemExit(session.finish())"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("compiler")
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
@@ -20,7 +21,7 @@ if torch.cuda.is_available():
 
 
 @pytest.fixture(scope="module")
-def launched():
+def launched(compiler):
     run = subprocess.run([sys.executable, HERE / "launched.py", "90"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)

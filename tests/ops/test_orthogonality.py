@@ -206,6 +206,7 @@ def test_the_bare_op_refuses_to_lose_a_gradient(device):
         assert ops.orthogonality_loss([weight], problem.text, True)[0] > 0
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_compile_with_dynamic_shapes(layout, device):
     f = lambda w: functional.orthogonality_loss(w, stride=2)
@@ -216,6 +217,7 @@ def test_compile_with_dynamic_shapes(layout, device):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compile_fullgraph_forward_and_backward(device):
     weights, geometry = network(device, torch.float32)
     f = lambda *w: 3 * functional.orthogonality_loss([v * 1 for v in w], **geometry)

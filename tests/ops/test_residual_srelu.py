@@ -127,6 +127,7 @@ def test_opcheck(device):
         opcheck(ops.residual_srelu_backward.default, (shortcut, branch, shortcut, bias, scale))
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("form", FORMS)
 def test_compile_fullgraph_forward_and_backward(form, device):
     make = lambda *shape: torch.randn(shape, device=device, requires_grad=True)

@@ -129,6 +129,7 @@ def test_opcheck(device):
             opcheck(ops.srelu_backward.default, (x, x, b))
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compile_fullgraph_forward_and_backward(inplace, device):
     f = lambda x, b: functional.srelu(torch.sin(x), b, inplace).square().sum()
