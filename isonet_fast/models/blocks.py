@@ -9,9 +9,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import OrthoConv2d, ResidualSReLU, SharedScale, SReLU
+from ..nn.conv import Penalty
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, penalty: str | None = "isonet") -> OrthoConv2d:
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, penalty: Penalty | None = "isonet") -> OrthoConv2d:
     """A convolution without bias that keeps the size at stride 1."""
     return OrthoConv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False, penalty=penalty)
 

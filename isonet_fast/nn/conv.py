@@ -5,45 +5,38 @@ Same constructor, state_dict and behaviour as the torch.nn parent, plus `penalty
 
 from __future__ import annotations
 
-import inspect
 import math
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional, init
 from ..geometry import PENALTIES
 
+Penalty = Literal["isonet", "lorth", "matrix"]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Size1 = int | tuple[int]
+Size2 = int | tuple[int, int]
+Size3 = int | tuple[int, int, int]
+Device = torch.device | str | int | None
+
 
 class _Orthogonal:
-    """What the layers share: the `penalty` argument, delta initialisation, the penalty of this layer alone."""
+    """What the layers share: delta initialisation and the penalty of this layer."""
 
     weight: Tensor
     bias: Any
-    penalty: str | None
+    penalty: Penalty | None
     stride: Any = 1
     dilation: Any = 1
     groups: int = 1
 
-    def __init__(self, *args: Any, penalty: str | None = "isonet", **kwargs: Any) -> None:
+    def _choose(self, penalty: Penalty | None) -> None:
+        """Before the parent's constructor, which calls `reset_parameters`."""
         if penalty is not None and penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {PENALTIES} or None (never penalised), got {penalty!r}")
-        self.penalty = penalty  # read by reset_parameters, which the parent's constructor calls
-        super().__init__(*args, **kwargs)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Show the parent's arguments and `penalty` in `help` and `inspect.signature`."""
-        super().__init_subclass__(**kwargs)
-        if _Orthogonal not in cls.__bases__:
-            return  # a layer's subclass says itself what it takes
-
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            _Orthogonal.__init__(self, *args, **kwargs)
-
-        parent, own = (inspect.signature(vars(base)["__init__"]) for base in (cls.__bases__[1], _Orthogonal))
-        arguments = [*parent.parameters.values(), own.parameters["penalty"]]
-        __init__.__signature__ = parent.replace(parameters=arguments)  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[method-assign]
+            raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (never penalised), got {penalty!r}")
+        self.penalty = penalty
 
     def reset_parameters(self) -> None:
         """Delta weight, zero bias. The stride cell is used where "lorth" rewards it (`init.delta_`)."""
@@ -72,17 +65,123 @@ class _Orthogonal:
 class OrthoConv1d(_Orthogonal, nn.Conv1d):
     """nn.Conv1d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size1,
+        stride: Size1 = 1,
+        padding: str | Size1 = 0,
+        dilation: Size1 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        penalty: Penalty | None = "isonet",
+    ) -> None:
+        self._choose(penalty)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+
 
 class OrthoConv2d(_Orthogonal, nn.Conv2d):
     """nn.Conv2d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        penalty: Penalty | None = "isonet",
+    ) -> None:
+        self._choose(penalty)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
 
 
 class OrthoConv3d(_Orthogonal, nn.Conv3d):
     """nn.Conv3d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size3,
+        stride: Size3 = 1,
+        padding: str | Size3 = 0,
+        dilation: Size3 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        penalty: Penalty | None = "isonet",
+    ) -> None:
+        self._choose(penalty)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+
 
 class OrthoLinear(_Orthogonal, nn.Linear):
     """nn.Linear that starts as the identity, with the penalty 1/2 ||W W^T - I||^2 on its smaller side."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        penalty: Penalty | None = "isonet",
+    ) -> None:
+        self._choose(penalty)
+        super().__init__(in_features, out_features, bias, device, dtype)
 
 
 __all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d", "OrthoLinear"]
