@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .distributed import ALONE, Processes
 from .examples import Corrupt, Examples
+from .interrupts import held_back, leave_group
 
 
 class WorkerDied(RuntimeError):
@@ -129,7 +129,7 @@ class Loader:
             collate_fn=_collate,
             pin_memory=pin,
             persistent_workers=train and workers > 0,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=_begin,
             multiprocessing_context=_forkserver() if workers and processes.size > 1 else None,
             generator=torch.Generator(),  # its own: it must not draw from the generator that dropout uses
         )
@@ -139,7 +139,9 @@ class Loader:
         self.order.epoch, self.order.start = epoch, start
         unreadable = 0
         with naming_dead_workers(self.loader.num_workers):
-            for batch in self.loader:
+            with held_back():
+                batches = iter(self.loader)  # here the workers start
+            for batch in batches:
                 unreadable = unreadable + len(batch.corrupt) if batch.images is None else 0
                 if unreadable >= _IN_A_ROW:
                     raise OSError(f"{unreadable} images in a row cannot be read, the last: {batch.corrupt[-1]}")
@@ -179,6 +181,5 @@ def _forkserver() -> multiprocessing.context.BaseContext | None:
     return context
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the main one saves and ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin(worker: int) -> None:
+    leave_group()

@@ -23,7 +23,16 @@ def training(size: int) -> v2.Compose:
 def evaluation(size: int) -> v2.Compose:
     """The shorter side to size * 256 / 224, the centre of it."""
     shorter = round(size * 256 / 224)
-    return v2.Compose([v2.Resize(shorter, antialias=True), v2.CenterCrop(size), *normalised(*IMAGENET)])
+    resized = [v2.Lambda(no_strip), v2.Resize(shorter, antialias=True)]
+    return v2.Compose([*resized, v2.CenterCrop(size), *normalised(*IMAGENET)])
+
+
+def no_strip(image: Any) -> Any:
+    """The middle of an image that is more than 64 times as long as wide: resized whole, one of 1 x 65,000 pixels would
+    take 13 GB."""
+    width, height = image.size
+    longest = 64 * min(width, height)
+    return v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
 
 
 def normalised(mean: tuple[float, ...], deviation: tuple[float, ...]) -> list[Any]:

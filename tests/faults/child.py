@@ -43,6 +43,18 @@ def terminate(run: Run, delay: float) -> None:
     _later(run, delay, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def signal_group(run: Any, delay: float, number: int, twice: bool) -> None:
+    """What a terminal or a scheduler sends, to this process and those that load its data. `timeout` does so twice."""
+
+    def send() -> None:
+        if twice:
+            os.kill(os.getpid(), number)
+        os.killpg(0, number)
+
+    run.pace = min(run.pace, 0.05)  # the first step of an epoch took the workers' start
+    _later(run, delay, send)
+
+
 def kill_worker(run: Run, delay: float, which: float) -> None:
     """One of the processes that load data."""
     workers = multiprocessing.active_children()
@@ -87,7 +99,7 @@ def kill_at_rename(run: Run, nth: int, after: bool) -> None:
 
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
-    for function in (kill, terminate, kill_worker, limit_files, spoil_gradient, kill_at_rename)
+    for function in (kill, terminate, signal_group, kill_worker, limit_files, spoil_gradient, kill_at_rename)
 }
 
 
@@ -106,6 +118,10 @@ def carry_out(plan: dict[str, Any]) -> int:
     """Run the plan's arguments; its fault starts with the step that it names, counted from this start of the run."""
     fault = dict((plan["faults"] + [None] * (RESTART + 1))[RESTART] or {"name": "", "step": 0})
     name, at = fault.pop("name"), fault.pop("step")
+
+    if name == "signal_group":
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
     class Faulty(Run):
         begun, before, pace = 0, 0.0, 0.0  # pace: seconds from the last step's beginning to this one's

@@ -135,6 +135,24 @@ def terminated(lab: Lab) -> Outcome:
     return Outcome(1, lost, done.said())
 
 
+@fault(
+    "SIGTERM, SIGINT or SIGHUP to the process group of a run with processes that load data, once or twice",
+    "nothing; exit code 128 + the signal's number; resumed, the same bits",
+    1,
+    4,
+)
+def group_signalled(lab: Lab) -> Outcome:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        run, twice = lab.directory(), lab.rng.random() < 0.5
+        done = lab.child(new(run, "data.workers=2"), "signal_group", delay=lab.moment(), number=number, twice=twice)
+        expect(done.code == 128 + number and f"stopped by {number.name}" in done.said(), f"{done}")
+        expect("Traceback" not in done.output and "Exception" not in done.output, f"{done}")
+        lost = lab.lost(run, done)
+        expect(lost == 0, f"{lost} steps lost")
+        lab.finish(run, "data.workers=2")
+    return Outcome(3, 0, done.said())
+
+
 @fault("`kill -9` of a process that loads data", REPEATED, 1, 5)
 def worker_killed(lab: Lab) -> Outcome:
     run = lab.directory()

@@ -145,7 +145,10 @@ def test_evaluation_is_the_centre_of_the_resized_image(transforms: ModuleType) -
     np.testing.assert_allclose(
         got.numpy(), normalised(pixels[16:240, 38:262], transforms.IMAGENET), rtol=1e-5, atol=1e-6
     )
-    assert transforms.evaluation(32)(Image.new("RGB", (500, 40))).shape == (3, 32, 32)
+    for width, height in ((500, 40), (1, 65000), (1, 1)):
+        assert transforms.evaluation(32)(Image.new("RGB", (width, height))).shape == (3, 32, 32)
+    for size, kept in (((1, 65000), (1, 64)), ((300, 2), (128, 2)), ((60, 50), (60, 50))):
+        assert transforms.no_strip(Image.new("RGB", size)).size == kept
 
 
 def normalised(pixels: np.ndarray, statistics: tuple) -> np.ndarray:
