@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import __version__, environment
 from . import config, demo, evaluate, launch
 from .divergence import Diverged
@@ -107,4 +109,15 @@ def _run(args: argparse.Namespace) -> int:
         if not (rank and isinstance(error, Diverged)):  # so it does here
             print(f"{who}: {printable(str(error))}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["MemoryError"])[0]
+        print(f"{who}: out of memory; try a smaller data.batch_size or data.image_size ({reason})", file=sys.stderr)
+        return 1
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch has no exception of its own for the CPU's."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -22,7 +22,12 @@ from . import plain_yaml
 from .files import user_path
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-_LARGEST_SEED = 2**40  # the data and their order are seeded with about a million times this, in 64 bits
+_AT_MOST = {
+    "model.depth": 100_000,
+    "model.width": 2**16,
+    "data.image_size": 2**16,
+    "seed": 2**40,  # the data and their order are seeded with about a million times this, in 64 bits
+}
 
 
 @dataclass
@@ -217,6 +222,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if isinstance(value, list):
             return [_value(inner, item, f"{name}[{n}]") for n, item in enumerate(value)]
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if kind is int and value > _AT_MOST.get(name, 2**48):
+            raise ValueError(f"{name} must be at most {_AT_MOST.get(name, 2**48)}, got {_short(value)}")
         return value
     expected = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
     raise ValueError(f"{name} must be {expected}{' or null' if type(None) in allowed else ''}, got {_short(value)}")
@@ -257,8 +264,6 @@ def _check(config: Config) -> None:
     for name, value in not_negative.items():
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be finite and not negative, got {_short(value)}")
-    if config.seed > _LARGEST_SEED:
-        raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {_short(config.seed)}")
     if "\0" in config.data.source:
         raise ValueError(f"data.source must not hold the character NUL, got {_short(config.data.source)}")
     if config.model.dropout is not None and not 0 <= config.model.dropout <= 1:

@@ -119,6 +119,10 @@ POSITION = {"epoch": 3, "examples": 0, "step": 4}
             ["train", "--config", "isonet50", "--data", "digits", "--set", "device=gpu"],
             "device must be auto, cpu, cuda",
         ),
+        (
+            ["train", "--config", "isonet50", "--data", "digits", "--set", "device=mps"],
+            "device must be auto, cpu, cuda",
+        ),
         (["evaluate", "{tmp}/none.pt"], "none.pt"),
         (["evaluate", "{tmp}/text.pt"], "text.pt is"),
     ],
@@ -130,6 +134,29 @@ def test_errors_are_one_line(
     assert main([a.format(tmp=tmp_path) for a in arguments]) == 1
     err = capsys.readouterr().err
     assert message.format(tmp=tmp_path) in err and err.startswith("isonet-fast: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+    ],
+    ids=["Python", "CUDA", "CPU"],
+)
+def test_out_of_memory(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("isonet_fast.train.launch.Run", fails)
+    assert main(["train", "--config", "isonet_digits", "--output", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("isonet-fast: out of memory; try a smaller data.batch_size") and said.count("\n") == 1
 
 
 # -- official checkpoints ---------------------------------------------------------------
