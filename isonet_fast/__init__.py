@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 from . import diagnostics, functional, init, models, reference
 from .convert import convert
+from .deconvert import deconvert
 from .environment import info
 from .nn import (
     OrthoConv1d,
@@ -31,6 +32,7 @@ __all__ = [
     "SReLU",
     "SharedScale",
     "convert",
+    "deconvert",
     "diagnostics",
     "functional",
     "info",

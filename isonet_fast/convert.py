@@ -6,7 +6,9 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from .nn import OrthoConv1d, OrthoConv2d, OrthoConv3d, SReLU
 
@@ -26,8 +28,12 @@ def convert(model: nn.Module) -> nn.Module:
     and attributes. A layer used in several places is replaced by one layer. ReLU is never touched.
 
     Left as they are, and listed in one warning of the logger `isonet_fast.convert`: subclasses of convolutions other
-    than ours, parametrized layers, and networks compiled by torch.compile or TorchScript (convert first, then
-    compile). A lazy convolution becomes an nn.Conv by itself at its first call; convert after that.
+    than ours, parametrized, quantised and lazy layers, weights that are complex, of integers or sparse, and networks
+    compiled by torch.compile or TorchScript (convert first, then compile). A lazy convolution becomes an nn.Conv by
+    itself at its first call; convert after that. Weights on the meta device, fake and tied ones are converted.
+
+    Tools that compare types know torch.nn's convolutions only: BatchNorm folding, `fuse_modules`, quantisation of a
+    graph from torch.export. `deconvert` gives them back first.
 
     An official-style SReLU is a module of a class named SReLU with one parameter, `srelu_bias`, and one child, the ReLU
     `srelu_relu`. Raises TypeError for something that is no module.
@@ -47,7 +53,7 @@ def _visit(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left:
     if module in done:
         return done[module]
     done[module] = module  # a module that contains itself ends here
-    why = _compiled(module)
+    why = compiled(module) or _quantised(module)
     if why:
         left[name] = why
         return module
@@ -64,7 +70,7 @@ def _visit(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left:
     return module
 
 
-def _compiled(module: nn.Module) -> str | None:
+def compiled(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript"
     if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
@@ -74,24 +80,49 @@ def _compiled(module: nn.Module) -> str | None:
     return None
 
 
+def _quantised(module: nn.Module) -> str | None:
+    """Such as a convolution fused with its ReLU, whose child's type is part of what it means."""
+    kind = type(module)
+    return "for quantisation" if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__ else None
+
+
 def _replacement(module: nn.Module, name: str, left: dict[str, str]) -> nn.Module | None:
     """Ours for this layer; None to keep it, with the reason in `left` where somebody might wonder."""
     if isinstance(module, tuple(_CONVOLUTIONS)) and not isinstance(module, tuple(_CONVOLUTIONS.values())):
-        if module._parameters.get("weight") is None or hasattr(module, "parametrizations"):
+        if "weight" not in module._parameters or hasattr(module, "parametrizations"):
             left[name] = "parametrized"
+        elif isinstance(module, LazyModuleMixin):
+            left[name] = "lazy: convert after its first call"
         elif type(module) not in _CONVOLUTIONS:
             left[name] = f"a subclass, {type(module).__qualname__}"
         elif "forward" in module.__dict__:
             left[name] = "its forward is replaced"
+        elif odd := _odd("weight", module._parameters["weight"]):
+            left[name] = odd
         else:
-            return _adopt(_CONVOLUTIONS[type(module)], module, penalty="isonet")
+            return adopt(_CONVOLUTIONS[type(module)], module, penalty="isonet")
     elif _is_official_srelu(module):
         if "forward" in module.__dict__ or _has_hooks(module._modules["srelu_relu"]):
             left[name] = "an SReLU with hooks on its ReLU, or whose forward is replaced"
+        elif odd := _odd("srelu_bias", module._parameters["srelu_bias"]):
+            left[name] = odd
         else:
-            new = _adopt(SReLU, module, num_channels=module.get_parameter("srelu_bias").numel(), inplace=False)
+            new = adopt(SReLU, module, num_channels=module.get_parameter("srelu_bias").numel(), inplace=False)
             del new._modules["srelu_relu"]
             return new
+    return None
+
+
+def _odd(name: str, parameter: Tensor | None) -> str | None:
+    """Why no layer of ours computes with this parameter."""
+    if parameter is None:
+        return f"{name} is None"
+    if is_lazy(parameter):
+        return f"{name} has no shape before the first call"
+    if not parameter.is_floating_point():  # complex, quantised, integers
+        return f"{name} is {str(parameter.dtype).removeprefix('torch.')}"
+    if parameter.layout != torch.strided:
+        return f"{name} is {str(parameter.layout).removeprefix('torch.')}"
     return None
 
 
@@ -105,7 +136,7 @@ def _is_official_srelu(module: nn.Module) -> bool:
     )
 
 
-def _adopt(cls: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
+def adopt(cls: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
     """An instance of `cls` with everything of `module`: parameters, buffers, hooks, mode and plain attributes.
 
     The very dictionaries, so that handles of hooks still remove them.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import isonet_fast
 from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, convert
@@ -155,3 +157,79 @@ def test_torchvision_resnet() -> None:
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(convert(model)(x), reference(x))
     assert list(model.state_dict()) == state
+
+
+def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Conv2d:
+    conv = nn.Conv2d(2, 2, 1)
+    conv.weight = nn.Parameter(change(conv.weight.detach()), requires_grad=False)
+    return conv
+
+
+def after_first_call() -> nn.Module:
+    lazy = nn.LazyConv2d(4, 1)
+    lazy(torch.randn(1, 3, 2, 2))
+    return lazy
+
+
+def fake() -> nn.Module:
+    with FakeTensorMode():
+        return nn.Conv2d(2, 2, 1)
+
+
+def fused() -> nn.Module:
+    return torch.ao.nn.intrinsic.ConvReLU2d(nn.Conv2d(2, 2, 1), nn.ReLU())
+
+
+def without_weight() -> nn.Module:
+    conv = nn.Conv2d(2, 2, 1)
+    conv.weight = None
+    return conv
+
+
+def lazy_srelu() -> nn.Module:
+    layer = SReLU(3)
+    layer.srelu_bias = nn.UninitializedParameter()
+    return layer
+
+
+ODD = {  # a layer, and why it is left; None: converted
+    "meta": (lambda: nn.Conv2d(2, 2, 1, device="meta"), None),
+    "fake": (fake, None),
+    "half": (lambda: nn.Conv2d(2, 2, 1, dtype=torch.float16), None),
+    "lazy, called": (after_first_call, None),
+    "lazy": (lambda: nn.LazyConv2d(4, 1), "lazy: convert after its first call"),
+    "complex": (lambda: nn.Conv2d(2, 2, 1, dtype=torch.complex64), "weight is complex64"),
+    "sparse": (lambda: weights(torch.Tensor.to_sparse), "weight is sparse_coo"),
+    "MKLDNN": (lambda: weights(torch.Tensor.to_mkldnn), "weight is _mkldnn"),
+    "int8": (lambda: weights(lambda w: w.to(torch.int8)), "weight is int8"),
+    "quantised": (lambda: weights(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)), "weight is qint8"),
+    "none": (without_weight, "weight is None"),
+    "fused": (fused, "for quantisation"),
+    "quantised module": (lambda: torch.ao.nn.quantized.Conv2d(2, 2, 1), "for quantisation"),
+    "lazy SReLU": (lazy_srelu, "srelu_bias has no shape before the first call"),
+    "complex SReLU": (lambda: SReLU(3).to(torch.complex64), "srelu_bias is complex64"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_weights_of_every_kind_are_converted_or_left_with_the_reason(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, why = ODD[kind]
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), make())
+    layer, parameters = model[1], [id(p) for p in model.parameters()]
+    with caplog.at_level(logging.WARNING, "isonet_fast.convert"):
+        convert(model)
+    assert type(model[0]) is OrthoConv2d and [id(p) for p in model.parameters()] == parameters
+    if why is None:
+        assert type(model[1]) is OrthoConv2d and not caplog.records
+    else:
+        assert model[1] is layer and f"1 ({why})" in caplog.text
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1))
+    model[1].weight = model[0].weight
+    convert(model)
+    assert model[0] is not model[1] and model[0].weight is model[1].weight
+    assert isonet_fast.OrthoRegularizer(model).summary()[1].excluded == "shares its weight"

@@ -1,0 +1,194 @@
+"""deconvert: the same function and state_dict in modules that load, script, fold and quantise without this package."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.fx.passes.utils.source_matcher_utils import get_source_partitions
+
+import isonet_fast
+from isonet_fast import convert, deconvert, models
+from isonet_fast.models import isonet_cifar
+
+DOUBLE = torch.float64
+
+
+def generic(net: nn.Module) -> nn.Module:
+    """Away from its initial values, in float64."""
+    with torch.no_grad():
+        for p in net.double().parameters():
+            p.copy_(0.3 * torch.randn_like(p))
+    return net
+
+
+def gradients(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = net(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])]
+
+
+def assert_same(net: nn.Module, other: nn.Module, x: torch.Tensor) -> None:
+    for mine, theirs in zip(gradients(net, x), gradients(other, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11 * max(1.0, theirs.abs().max().item()))
+
+
+def classes(net: nn.Module) -> set[str]:
+    return {f"{type(m).__module__}.{type(m).__qualname__}" for m in net.modules()}
+
+
+NETWORKS = {
+    "cifar": lambda: isonet_cifar(8, False, width=4),
+    "cifar, residual": lambda: isonet_cifar(8, True, width=4, dropout=0.1),
+    "isonet18": lambda: models.isonet18(num_classes=5),
+    "risonet50": lambda: models.risonet50(num_classes=5),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_network_is_the_same_function_of_the_same_parameters(kind):
+    net = generic(NETWORKS[kind]()).eval()
+    reference, parameters, state = copy.deepcopy(net), list(net.parameters()), list(net.state_dict())
+    plain = deconvert(net)
+    assert not any("isonet_fast" in name for name in classes(plain))
+    assert all(a is b for a, b in zip(plain.parameters(), parameters, strict=True))
+    assert list(plain.state_dict()) == state
+    assert not any(m.training for m in plain.modules())
+    assert sum(type(m) is nn.Conv2d for m in plain.modules()) == sum(
+        isinstance(m, nn.Conv2d) for m in reference.modules()
+    )
+    size = 9 if "cifar" in kind else 32
+    assert_same(plain, reference, torch.randn(2, 3, size, size + 1, dtype=DOUBLE))
+    reference.load_state_dict(plain.state_dict())
+    assert deconvert(plain) is plain
+
+
+def test_loads_where_the_package_is_not_installed(tmp_path):
+    net = generic(isonet_cifar(8, True, width=4, dropout=0.1)).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=DOUBLE)
+    torch.save({"x": x, "y": net(x).detach(), "names": list(net.state_dict())}, tmp_path / "data.pt")
+    torch.save(deconvert(net), tmp_path / "net.pt")
+    script = """
+import sys
+sys.modules["isonet_fast"] = None  # an import raises
+import torch
+net, data = torch.load("net.pt", weights_only=False), torch.load("data.pt")
+assert list(net.state_dict()) == data["names"] and not net.training
+torch.testing.assert_close(net(data["x"]), data["y"], rtol=0, atol=1e-12)
+net.train()(data["x"]).sum().backward()
+assert all(p.grad is not None for p in net.parameters())
+print("loaded")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "loaded\n", done.stderr
+
+
+def test_scripts():
+    net = generic(isonet_cifar(8, True, width=4)).eval()
+    x = torch.randn(2, 3, 9, 8, dtype=DOUBLE)
+    expected = net(x)
+    torch.testing.assert_close(torch.jit.script(deconvert(net))(x), expected, rtol=0, atol=1e-11)
+
+
+class Own(nn.Module):
+    """A user's network on our layers: other ranks, a join with a scale, a hook, a layer in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = isonet_fast.OrthoConv1d(4, 4, 3, padding=1)
+        self.again = self.conv
+        self.act = isonet_fast.SReLU(4, inplace=True)
+        self.scale = isonet_fast.SharedScale(0.5)
+        self.join = isonet_fast.ResidualSReLU(4)
+        self.fc = isonet_fast.OrthoLinear(4, 3, penalty="matrix")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.again(self.act(self.conv(x)))
+        h = self.join(x, h, self.scale.scale) + self.join(x, self.scale(h))
+        return self.fc(h.mean(2))
+
+
+def test_a_network_of_the_user_keeps_its_class_and_hooks():
+    net, seen = generic(Own()), []
+    net.act.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
+    reference = copy.deepcopy(net)
+    assert deconvert(net) is net
+    assert type(net.conv) is nn.Conv1d and net.again is net.conv and type(net.fc) is nn.Linear
+    assert not any(name.startswith("isonet_fast") for name in classes(net))
+    assert list(net.state_dict()) == list(reference.state_dict())
+    assert_same(net, reference, torch.randn(2, 4, 6, dtype=DOUBLE))
+    assert "penalty" not in repr(net)
+    assert seen
+
+
+def test_nan_and_half_precision():
+    layer = deconvert(isonet_fast.SReLU(2, init=-0.3))
+    x = torch.tensor([[float("nan"), -1.0], [2.0, float("nan")]])
+    torch.testing.assert_close(layer(x), torch.tensor([[float("nan"), -0.3], [2.0, float("nan")]]), equal_nan=True)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+class Mine(isonet_fast.SReLU):
+    pass
+
+
+def test_what_is_left_is_listed_once(caplog):
+    patched = isonet_fast.SReLU(2)
+    patched.forward = lambda x: x
+    model = nn.ModuleDict(
+        {
+            "subclass": Mine(2),
+            "parametrized": nn.utils.parametrizations.weight_norm(isonet_fast.OrthoConv2d(2, 2, 1)),
+            "compiled": torch.compile(nn.Sequential(isonet_fast.SReLU(2))),
+            "patched": patched,
+            "plain": isonet_fast.OrthoConv2d(2, 2, 1),
+        }
+    )
+    kinds = {name: type(m) for name, m in model.items()}
+    with caplog.at_level(logging.WARNING, "isonet_fast.deconvert"):
+        deconvert(model)
+    assert {name: type(m) for name, m in model.items()} == {**kinds, "plain": nn.Conv2d}
+    (record,) = caplog.records
+    for fragment in (
+        "subclass (a subclass, Mine)",
+        "parametrized (parametrized)",
+        "compiled (compiled)",
+        "patched (its",
+    ):
+        assert fragment in record.getMessage()
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+        deconvert({})
+
+
+def ordinary() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+    ).eval()
+
+
+def found(net: nn.Module) -> dict[str, int]:
+    """What the tools that compare types find: folded BatchNorms, fusable modules, convolutions to quantise."""
+    x = torch.randn(1, 3, 6, 6)
+    graph = torch.export.export(net, (x,)).module().graph
+    partitions = get_source_partitions(graph, [nn.Conv2d]).get(nn.Conv2d, [])
+    left = sum(isinstance(m, nn.BatchNorm2d) for m in fuse(net).modules())
+    fused = torch.ao.quantization.fuse_modules(net, [["0", "1", "2"], ["3", "4", "5"]])
+    return {
+        "to quantise": len(partitions),
+        "unfolded": left,
+        "fused": sum("ConvReLU" in type(m).__name__ for m in fused),
+    }
+
+
+def test_folding_and_quantisation_find_as_much_as_before_conversion():
+    assert found(ordinary()) == {"to quantise": 2, "unfolded": 0, "fused": 2}
+    assert found(deconvert(convert(ordinary()))) == found(ordinary())
