@@ -181,6 +181,11 @@ __device__ __forceinline__ void write_partial(A* address, A value) {
 template <class Formula>
 constexpr int kRounds = Formula::kReads == 1 ? 4 : 2;
 
+// Blocks that must fit a multiprocessor at once. Left to itself, ptxas gives columns_kernel fewer registers than four
+// blocks leave it, and SReLU's spills on sm_120. 0 asks for nothing: other formulas would spill, or lose a fifth block.
+template <class Formula>
+constexpr int kBlocks = Formula::kReads == 1 ? 4 : 0;
+
 template <typename T, int V, class Formula>
 __global__ void __launch_bounds__(kThreads)
     planes_kernel(Operands<T> operands, Partition p, Partials<typename Element<T>::Sum> partials) {
@@ -226,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int V, class Formula>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
     columns_kernel(Operands<T> operands, Partition p, Partials<typename Element<T>::Sum> partials) {
   using A = typename Element<T>::Sum;
   constexpr int U = kRounds<Formula>;

@@ -17,7 +17,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = ("srelu_cuda.cu", "residual_srelu_cuda.cu")
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # those of the release list
 # 16-byte loads and stores of a kernel with this formula: tensors read and written times kRounds of walk.cuh.
 ACCESSES = {
     "SReLUForward": (4, 4),

@@ -30,11 +30,11 @@ try:
 except ImportError:  # not for this platform
     triton = None
 
-ARCHITECTURES = (80, 90, 100)
-POINTER_LIMIT = 101_376  # sm_86, 89 and 120 run the code that sm_80 shows
-SHARED_LIMIT = {80: POINTER_LIMIT, 90: 232_448, 100: 232_448}
-TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
-ASYNC_LOAD = {80: r"LDGSTS", 90: r"UTMALDG", 100: r"UTMALDG"}
+ARCHITECTURES = (80, 90, 100, 120)
+POINTER_LIMIT = 101_376  # of sm_86, 89 and 120, which run the tiles of sm_80
+SHARED_LIMIT = {80: POINTER_LIMIT, 90: 232_448, 100: 232_448, 120: POINTER_LIMIT}
+TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA", 120: r"HMMA"}
+ASYNC_LOAD = {80: r"LDGSTS", 90: r"UTMALDG", 100: r"UTMALDG", 120: r"LDGSTS"}
 DRAIN = re.compile(r"pendings = 0\b|async_wait[^:]*\bnum = 0\b")
 
 
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 def cases(arch: int) -> Iterator[Case]:
     """Every kernel that a device of this architecture launches."""
-    for key in ("pointer" if arch == 80 else "tma", "highest"):
+    for key in ("tma" if arch in (90, 100) else "pointer", "highest"):
         variant = tiles.VARIANTS[key]
         yield from _variant_cases(variant, "" if key != "highest" else " float32")
     signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "constants": "*fp64"}
@@ -127,6 +127,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "tensor_core": count(TENSOR_CORE[arch]),
         "async_loads": count(ASYNC_LOAD[arch]) or count("LDGSTS"),
     }
+    chained = arch == 100 and chains(built.asm["ttir"])
     buffers, drained = pipelining(built.asm["ttgir"])
     gates = {
         "spills": row["spills"] == 0,
@@ -134,11 +135,18 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         f"{case.operands} operands in 3 buffers (found {buffers})": len([b for b in buffers if b >= 3])
         >= case.operands,
         "a wait in the loop drains everything": not drained or not case.operands,
+        "a product into the accumulator of another one, which Triton miscompiles for tcgen05": not chained,
         "tensor-core instructions": row["tensor_core"] > 0 or not case.tensor_core,
         "asynchronous loads": row["async_loads"] > 0 or not case.operands,
         "16-byte stores": row["stores_128"] > 0 or case.name == "finish" or not case.options.get("SAVE", True),
     }
     return row, [f"{case.name} sm_{arch}: {gate}" for gate, holds in gates.items() if not holds]
+
+
+def chains(ttir: str) -> bool:
+    """Whether a product adds to what another one has just computed, not to what its loop carries (triton #10821)."""
+    products = dict(re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%[^\s,]+)", ttir))
+    return any(accumulator in products for accumulator in products.values())
 
 
 def pipelining(ttgir: str) -> tuple[list[int], bool]:

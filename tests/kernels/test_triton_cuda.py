@@ -104,6 +104,9 @@ def test_reasons_are_given_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "compute capability 8.0" in kernels.unavailable(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
+    assert "no tiles for compute capability 11.0" in kernels._probe(device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert "7.5" in kernels.unavailable(device)  # cached
     monkeypatch.setattr(kernels, "_reasons", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -135,13 +138,39 @@ def test_probe_checks_the_numbers(device, monkeypatch):
     """Where kernels run, in the interpreter too: the probe computes what it expects, and notices what it does not."""
     from isonet_fast.kernels import orthogonality
 
-    assert kernels._launch(device) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with torch._subclasses.FakeTensorMode():  # torch.compile asks before anything has run
         assert kernels._probe(device) is None
-    forward = orthogonality.forward
-    monkeypatch.setattr(orthogonality, "forward", lambda *a: (forward(*a)[0] + 1, *forward(*a)[1:]))
-    assert "is right" in kernels._launch(device)
+    forward, backward = orthogonality.forward, orthogonality.backward
+
+    def wrong_penalty(*arguments):
+        loss, losses, saved = forward(*arguments)
+        return loss, losses * torch.tensor([1.01, 1], device=device), saved
+
+    monkeypatch.setattr(orthogonality, "forward", wrong_penalty)
+    assert "penalty" in kernels._launch(device)
+    monkeypatch.setattr(orthogonality, "forward", forward)
+
+    def wrong_gradient(*arguments):  # as a product that is lost on the way: everything else is right
+        first, *rest = backward(*arguments)
+        first[:, :, 1, 2] *= 0.8
+        return first, *rest
+
+    monkeypatch.setattr(orthogonality, "backward", wrong_gradient)
+    assert "% off" in kernels._launch(device)
+
+
+def test_the_probe_needs_every_kernel():
+    """A tile size of its own per kernel, loops over several taps, chunks and transposed residuals."""
+    pytest.importorskip("triton")
+    from isonet_fast.kernels import orthogonality
+
+    layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in kernels.PROBED)
+    for key in ("tma", "pointer"):
+        plan = orthogonality.plan(layers, None, shard(layers, 0, 1), key)
+        assert set(plan.gram_tiles) == set(plan.variant.gram) and set(plan.grad_tiles) == set(plan.variant.grad)
+        gram = next(iter(plan.gram_tiles.values()))
+        assert gram[:, 4:7].prod(1).max() == 9 and gram[:, 11].max() >= 2 * plan.variant.gram[0].chunk
 
 
 def test_addresses_in_a_capture(device, monkeypatch):
