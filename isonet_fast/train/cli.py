@@ -21,7 +21,9 @@ from .terminal import lasting_output, printable
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="isonet-fast", description="Isometric networks at full GPU speed.")
+    top = argparse.ArgumentParser(
+        prog="isonet-fast", description="Train, evaluate and inspect isometric networks: ISONet, R-ISONet."
+    )
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("demo", help="train a 32-layer network on handwritten digits, about a minute")

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..models.blocks import Block
 from .build import choose_device
+from .terminal import printable
 
 T = TypeVar("T")
 
@@ -60,7 +61,7 @@ class Processes:
 
     def say(self, text: str) -> None:
         if self.main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     # -- exchanges: every process must come here, in the same order ---------------------------------------------------
 

@@ -39,7 +39,8 @@ def test_every_option_that_is_a_path(
     assert main(["evaluate", str(run), *data]) == 0
     assert main(["evaluate", str(run), "--set", f"data.source=imagefolder:{odd}/images"]) == 0
     assert main(["export", str(run / "best.pt"), str(odd / f"{ODD}.pt")]) == 0
-    capsys.readouterr()
+    out = capsys.readouterr().out
+    assert f"checkpoints and metrics.csv in runs/{printable(ODD)}\n" in out
     assert main(["report", str(odd / f"{ODD}.pt"), "--config", str(odd / f"{ODD}.yaml"), "--size", "24"]) == 0
     assert main(["evaluate", str(odd / "none")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
