@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -313,8 +314,12 @@ class OrthoRegularizer:
     def state_dict(self) -> dict[str, int]:
         return {"calls": self._calls}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._calls = int(state["calls"])
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with the counter of a `state_dict`; ValueError for anything else."""
+        calls = state.get("calls") if isinstance(state, Mapping) else None
+        if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
+            raise ValueError(f'state must be what state_dict() returned, {{"calls": N}}, got {reprlib.repr(state)}')
+        self._calls = calls
 
 
 def official_filter(name: str, module: nn.Module) -> bool:

@@ -477,3 +477,11 @@ def test_training_with_it_makes_the_layers_orthogonal():
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
         OrthoRegularizer(network(), **arguments)
+
+
+@pytest.mark.parametrize("state", [{}, None, {"calls": "3"}, {"calls": -1}, {"calls": True}, [("calls", 3)]])
+def test_a_state_of_something_else_is_refused(state):
+    reg = OrthoRegularizer(network(), interval=2)
+    with pytest.raises(ValueError, match=r'state must be what state_dict\(\) returned, \{"calls": N\}, got '):
+        reg.load_state_dict(state)
+    assert reg.state_dict() == {"calls": 0}

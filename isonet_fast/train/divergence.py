@@ -37,7 +37,7 @@ def first_nonfinite_weight(weights: Mapping[str, Tensor]) -> str | None:
 def first_nonfinite(model: nn.Module, x: Tensor) -> str | None:
     """Name of the first layer, in order of execution, whose output holds an infinity or a NaN for input x.
 
-    A convolution that a shared scale is folded into is not called as a module: its whole branch is named then.
+    The hooks that look for it keep shared scales from being folded into convolutions, so that each layer is called.
     """
     found: list[str] = []
 

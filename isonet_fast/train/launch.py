@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..safe_load import few
-from . import checkpoint, config, distributed, lock
+from . import checkpoint, config, distributed, lock, resuming
 from .config import Config
 from .distributed import Processes
 from .files import disk_errors_naming, is_temporary, to_resume
@@ -89,15 +89,23 @@ def _claim(directory: Path) -> bool:
 
 
 def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> None:
-    """The configuration is the checkpoint's; what is given now on the command line goes over it."""
+    """The configuration is the checkpoint's; what is given now on the command line goes over it (`resuming`)."""
     path = processes.from_main(lambda: checkpoint.load_latest(directory)[1])  # one choice, should the last be damaged
     state = checkpoint.load(path)
+    if not {"config", "position"} <= state.keys():
+        raise ValueError(
+            f"{path} holds no run: expected 'config' and 'position' in it, found {few([*map(repr, state)])}"
+        )
+    former = config.load(None, (), state["config"])
     settled = config.load(args.config, [*_data(args), *settings(args)], state["config"])
+    changes = resuming.changes(former, settled)
     position = state["position"]
     if position["epoch"] > settled.schedule.epochs:
         processes.say(f"{path} is at the end of its {settled.schedule.epochs} epochs; raise schedule.epochs to go on")
         return
     processes.say(f"resuming from {path}: epoch {position['epoch']}, {position['examples']} images of it done")
+    if changes:
+        processes.say(f"from here on with {', '.join(changes)}")
     _fit(settled, directory, state, processes)
 
 

@@ -1,8 +1,8 @@
 """The training loop: what one run is, step by step, and how it stops and goes on.
 
-Everything that a step depends on is in `Run.state()`: weights, optimizer, loss scale, random generators, and the
-position (epoch, examples of it done). The data follow from the seed and the position (`loader`), the learning rate from
-the epoch (`schedule`). So a run resumed from any step goes on with the same bits on a CPU.
+Everything that a step depends on is in a checkpoint (`snapshot`): weights, optimizer, loss scale, random generators and
+the position (epoch, examples of it done). The data follow from the seed and the position (`loader`), the learning rate
+from the epoch (`schedule`). So a run resumed from any step goes on with the same bits on a CPU.
 
 Under torchrun every process runs this loop, and those lines that exchange something are reached by all (`distributed`):
 the verdict on each step, the sums at the end of an epoch, the state for a checkpoint. Rank 0 reports and writes.
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..regularizer import OrthoRegularizer, param_groups
-from . import checkpoint, schedule
+from . import checkpoint, schedule, snapshot
 from .build import autocast, build_model
 from .config import Config
 from .datasets import open_source
-from .distributed import ALONE, OnHost, Processes, shard, shards_of, synchronising, wrap
+from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .examples import Corrupt
 from .files import sweep, to_resume
@@ -33,6 +33,17 @@ from .interrupts import Interrupted, Signals
 from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
 from .validation import to_device, validate
+
+_KEYS = (
+    "classes",
+    "model",
+    "optimizer",
+    "regularizer",
+    "scaler",
+    "position",
+    "ranks",
+    "corrupt",
+)  # of every checkpoint
 
 
 class Run:
@@ -88,9 +99,10 @@ class Run:
         if self.wrapped is not self.model:
             self._settle()
         if state is None:
-            self._seed()
+            self.seed()
         else:
-            self._restore(state)
+            snapshot.restore(self, state)
+            self._saved_step = self.step
 
     def _settle(self) -> None:
         """One backward pass that counts nothing. After its first one DDP puts the gradients in another order, and with
@@ -98,71 +110,14 @@ class Run:
         self.wrapped(self._black()).sum().backward()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def _seed(self) -> None:
+    def seed(self) -> None:
         """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.processes.rank}").getrandbits(63))
 
-    # -- what a checkpoint holds ------------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        generators = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
-        mine = {"random": generators, "sums": self.sums.totals.cpu(), "penalty": self.penalty.cpu()}
-        return {
-            "config": self.config.as_dict(),
-            "classes": [self.source.num_classes, self.source.channels],
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "regularizer": self.reg.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "position": {"epoch": self.epoch, "examples": self.examples, "step": self.step, "best": self.best},
-            "ranks": self.processes.gather(mine),
-            "corrupt": self._all_corrupt(),
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["classes"] != [self.source.num_classes, self.source.channels]:
-            raise ValueError(
-                f"the checkpoint is of a run on data with {state['classes'][0]} classes and {state['classes'][1]} "
-                f"channels; {self.config.data.source} has {self.source.num_classes} and {self.source.channels}"
-            )
-        weights, optimizer = state["model"], state["optimizer"]
-        if self.sharded:
-            weights, optimizer = shards_of(weights, optimizer, self.model, self.optimizer)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(optimizer)
-        self.reg.load_state_dict(state["regularizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        position = state["position"]
-        self.epoch, self.examples, self.step = position["epoch"], position["examples"], position["step"]
-        self.best = position["best"]
-        self.corrupt.update(state["corrupt"])
-        self._saved_step = self.step
-        self._restore_own(state["ranks"])
-
-    def _restore_own(self, ranks: list[dict[str, Any]]) -> None:
-        """What each process has of its own. Other processes than before: the sums go to rank 0, dropout starts anew."""
-        if len(ranks) != self.processes.size:
-            self._seed()
-            count = "one process" if len(ranks) == 1 else f"{len(ranks)} processes"
-            self.processes.say(
-                f"the checkpoint is of {count}, this run has {self.processes.size}: dropout is seeded anew from "
-                f"(seed, step, rank), and the learning rate is that of {self.processes.size} x the batch"
-            )
-            for sums, key in ((self.sums.totals, "sums"), (self.penalty, "penalty")):
-                total = torch.stack([rank[key] for rank in ranks]).sum(0)
-                sums.copy_(total if self.processes.main else torch.zeros_like(total))
-            return
-        mine = ranks[self.processes.rank]
-        torch.set_rng_state(mine["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in mine["random"]:
-            torch.cuda.set_rng_state(mine["random"]["cuda"], self.device)
-        self.sums.totals.copy_(mine["sums"])
-        self.penalty.copy_(mine["penalty"])
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, name: str = "latest") -> None:
-        state, path = self.state(), self._path(name)
+        state, path = snapshot.take(self), self._path(name)
         self._check(state["model"])
         if self.sharded:
             checkpoint.save_sharded(state, path, self.processes)
@@ -306,7 +261,7 @@ class Run:
         )
         self._note(corrupt)
         row |= {f"val_{name}": value for name, value in sums.over(self.processes).means().items()}
-        row["corrupt_images"] = len(self._all_corrupt())
+        row["corrupt_images"] = len(self.all_corrupt())
         if self.processes.main:
             self.log.add(row)
         self.processes.say(
@@ -367,7 +322,7 @@ class Run:
                 self.corrupt[image.path] = image.reason
                 print(f"{who}skipped a corrupt image, the {_ordinal(len(self.corrupt))}: {image}", flush=True)
 
-    def _all_corrupt(self) -> dict[str, str]:
+    def all_corrupt(self) -> dict[str, str]:
         """Those that any process has come upon; known to every process from then on."""
         for others in self.processes.gather(self.corrupt):
             self.corrupt.update(others)

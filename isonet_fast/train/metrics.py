@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..safe_load import few
 from .distributed import Processes
 from .files import disk_errors_naming, replacing
 
@@ -107,6 +108,8 @@ class Log:
                 rows = [row for row in reader if (row.get("epoch") or "").isdecimal()]
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is no CSV file: {error}; mend it, or move it away") from error
+        if header and "epoch" not in header:
+            raise ValueError(f"{self.path} is no table of a run: its columns are {few(header)}; move it away")
         self.columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
         for row in rows:
             if None in row:

@@ -178,10 +178,10 @@ def test_a_loss_that_is_not_finite(
     assert checkpoint.load(tmp_path / "latest.pt")["position"]["step"] == 3
 
 
-def test_a_folded_convolution_is_found_by_its_branch(small: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_convolution_that_a_scale_is_folded_into_is_found(small: Callable[..., Config], tmp_path: Path) -> None:
     run = Run(small("model.residual=true"), tmp_path)
     run.model.get_submodule("s2.b1.f.b").weight.data.fill_(float("inf"))
-    with pytest.raises(Diverged, match=r"layer 's2\.b1\.f' produced the first one"):
+    with pytest.raises(Diverged, match=r"layer 's2\.b1\.f\.b' produced the first one"):
         run._train_step([next(run.train_loader.batches(1))])
 
 
