@@ -39,8 +39,10 @@ kernels: $(READY)  ## compile every kernel without a GPU: registers, spills, ten
 bench: $(READY)  ## the CPU lines of the performance targets
 	$(BIN)/python -m benchmarks.run_all --device cpu
 
-wheel: $(READY)  ## dist/*.whl
-	$(BIN)/python -m build --wheel --no-isolation
+# Not for the GPU in this machine, as other builds are.
+wheel: $(READY)  ## dist/*.whl, with CUDA kernels for every architecture (with a CUDA torch, or ISONET_FAST_CUDA=1)
+	ISONET_FAST_CUDA_ARCHS=release $(BIN)/python -m build --wheel --no-isolation
+	$(BIN)/python tools/wheel_architectures.py dist/*.whl
 
 # The -gpu targets need a GPU that PyTorch can use: without one they say so, and do nothing at all.
 GPU_TARGETS := $(filter test-gpu sanitize-gpu bench-gpu,$(MAKECMDGOALS))

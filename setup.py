@@ -8,7 +8,7 @@ requirement, because an isolated build would download gigabytes. The kernels are
 ISONET_FAST_KERNELS  0: no kernels; 1: fail if they cannot be built
 ISONET_FAST_CUDA     0: CPU kernels only; 1: fail without the CUDA kernels; unset: CUDA kernels if torch is a CUDA build
                      and nvcc is found
-ISONET_FAST_CUDA_ARCHS  CMake's list, such as "90-real;100-real"
+ISONET_FAST_CUDA_ARCHS  CMake's list, such as "90-real;100-real"; "release": all that a release wheel is made for
 """
 
 from __future__ import annotations

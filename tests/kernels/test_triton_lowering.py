@@ -36,6 +36,6 @@ def test_a_drain_is_noticed():
 
 
 def test_a_product_into_the_accumulator_of_another_is_noticed():
-    """The tiles of sm_80 have such a pair, since registers are short there: no chip that multiplies by tcgen05 may get it."""
+    """The tiles of sm_80 have such a pair, for want of registers: no chip that multiplies by tcgen05 may get them."""
     (pair,) = (case for case in lower_triton.cases(80) if case.name == "gram 64x64")
     assert any("another one" in failure for failure in lower_triton.inspect(pair, 100)[1])
