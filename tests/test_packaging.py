@@ -12,6 +12,9 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
+
+import isonet_fast
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCES = shutil.ignore_patterns(
@@ -142,3 +145,14 @@ def test_the_commands_of_the_readme_install_the_kernels_in_a_new_environment(sou
         pytest.skip("no package index is reached")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert re.search(r"srelu, residual_srelu on cpu +C\+\+ kernels", result.stdout), result.stdout
+
+
+def test_pre_commit_runs_the_commands_of_make_check():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe.splitlines()]
+    assert [hook["entry"] for hook in hooks] == commands
+
+
+def test_the_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == isonet_fast.__version__
