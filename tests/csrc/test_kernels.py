@@ -289,3 +289,21 @@ def test_cuda_graph_and_streams(device: torch.device) -> None:
     for a, b, c in zip(eager, other, captured):
         same(a, b)
         same(a, c)
+
+
+def test_a_second_device(device: torch.device) -> None:
+    """Launched where the tensors are, whichever device is current, on that device's stream."""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("no second GPU")
+    bias, scale = bias_for((4, 16), torch.float32, device), torch.ones(1, device=device)
+    x, g = (special((4, 16, 32, 32), seed).float().to(device) for seed in (0, 1))
+    first = [ops.srelu(x, bias), *ops.residual_srelu_backward(g, x, x, bias, scale)]
+    there = torch.device("cuda", 1)
+    x, g, bias, scale = (tensor.to(there) for tensor in (x, g, bias, scale))
+    with torch.cuda.stream(torch.cuda.Stream(there)), torch.cuda.device(0):
+        second = [ops.srelu(x, bias), *ops.residual_srelu_backward(g, x, x, bias, scale)]
+        assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(there)
+    for a, b in zip(first, second):
+        assert b.device == there
+        same(a.cpu(), b.cpu())

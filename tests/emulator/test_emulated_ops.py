@@ -13,7 +13,7 @@ import pytest
 from emulator_build import HERE, ROOT, build, obstacle
 
 TESTS = ("csrc/test_kernels.py", "ops/test_srelu.py", "ops/test_residual_srelu.py", "nn/test_srelu.py")
-SKIPS = ("no GPU", "graphs and streams are CUDA's")  # what only a GPU can show
+SKIPS = ("no GPU", "no second GPU", "graphs and streams are CUDA's")  # what only a GPU can show
 
 
 @pytest.fixture(scope="session")

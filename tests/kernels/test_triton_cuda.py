@@ -25,7 +25,7 @@ def gradient(weights):
     from isonet_fast.kernels import orthogonality
 
     loss, losses, saved = orthogonality.forward(weights, *ARGUMENTS, True)
-    return loss, losses, *orthogonality.backward(torch.ones((), device="cuda"), saved, weights, *ARGUMENTS)
+    return loss, losses, *orthogonality.backward(torch.ones_like(loss), saved, weights, *ARGUMENTS)
 
 
 def same(left, right):
@@ -57,6 +57,20 @@ def test_side_stream(weights):
             results.append(gradient(weights))
     torch.cuda.synchronize()
     assert all(same(result, expected) for result in results)
+
+
+def test_a_second_device(weights):
+    """Tables, streams and launches go where the weights are, whichever device is current."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("no second GPU")
+    there = torch.device("cuda", 1)
+    if kernels.unavailable(there):
+        pytest.skip(kernels.unavailable(there))
+    first, moved = gradient(weights), [w.to(there) for w in weights]
+    for _ in range(2):  # the second call is the planned one
+        second = gradient(moved)
+        assert torch.cuda.current_device() == 0 and all(tensor.device == there for tensor in second)
+        assert same([tensor.cpu() for tensor in first], [tensor.cpu() for tensor in second])
 
 
 def test_graph_capture_follows_new_values(weights):

@@ -12,6 +12,7 @@ from torch import nn
 import isonet_fast
 from isonet_fast import models, reference
 from isonet_fast.models.blocks import BottleneckBranch, stage
+from isonet_fast.models.official import official
 
 
 @pytest.fixture(scope="module", params=["isonet18", "risonet50"])
@@ -123,11 +124,15 @@ def test_gradients_at_zero_scale() -> None:
 
 
 def test_channels_last(small: nn.Module, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same logits as contiguous; no layer falls back to NCHW on the way."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the two formats would round differently
+    """As exact as plain PyTorch in this format; no layer falls back to NCHW on the way.
+
+    Not compared with NCHW: there cuDNN may take Winograd's form, whose float32 rounding is another.
+    """
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     small = copy.deepcopy(small).to(device).eval()
     x = torch.randn(2, 3, 32, 40, device=device)
-    expected = small(x)
+    plain = official(small).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    expected = official(small).double()(x.double())
     formats = []
     for m in small.modules():
         if isinstance(m, (isonet_fast.SReLU, isonet_fast.ResidualSReLU)):
@@ -135,7 +140,8 @@ def test_channels_last(small: nn.Module, device: torch.device, monkeypatch: pyte
     small.to(memory_format=torch.channels_last)
     got = small(x.to(memory_format=torch.channels_last))
     assert len(formats) > 5 and all(formats)
-    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4)
+    error, allowed = ((y.double() - expected).abs().max().item() for y in (got, plain))
+    assert error <= 2 * allowed + 1e-6 * expected.abs().max().item()
 
 
 def test_autocast(small: nn.Module, device: torch.device) -> None:
