@@ -182,7 +182,9 @@ def run_case(session: Session, case: Case, compile: bool = False) -> None:
     def build(mode: str) -> list[Contender]:
         sets = [Inputs(case, session.device, seed) for seed in range(count)]
         bound = providers.copy_bound(size * tensors[mode], session.device, count)
-        graphed = size < LARGE and mode != "backward"  # autograd runs that on the forward's stream
+        graphed = (
+            size < LARGE
+        )  # a backward runs on its forward's stream: the first call, on the capturing one, makes it
         contenders = [bound]
         for name, function in functions.items():
             run = caller(function, sets, mode)

@@ -162,9 +162,14 @@ def test_cuda_samples_are_the_time_between_two_events(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
     clock = object.__new__(clocks.CudaClock)
+    clock._flush = torch.zeros(1)
     assert clock.sample(lambda: log.append("call"), 3) == 4.0
-    assert log == ["idle", "record", "call", "call", "call", "record", "wait"]
+    assert log == ["idle", "busy", "record", "call", "call", "call", "record", "wait"]  # no host latency in the sample
+    log.clear()
+    assert clock.cold(lambda: log.append("call"), 2) == 12.0
+    assert log == ["busy", "record", "call", "record", "record", "call", "record", "idle"]
 
 
 def test_the_latest_group_that_holds_every_provider():

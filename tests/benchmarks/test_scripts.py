@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import bench_orthogonality, bench_srelu, clocks, providers, rows, run_all, step
 from benchmarks.harness import Session, parser
+from isonet_fast import functional
 from isonet_fast.models.official import bare, official, official_penalty
 from isonet_fast.nn import SReLU
 
@@ -131,6 +132,31 @@ def test_a_part_that_fails_or_overruns_is_reported(monkeypatch, tmp_path):
     run_all.run(run_all.Part("fine", 9, plain=True), ["--quick"], 100)
     log = (tmp_path / "log").read_text().splitlines()
     assert log[-2:] == ["-m benchmarks.fine --quick --profile --budget 9", "-m benchmarks.fine"]
+
+
+def test_every_mode_of_a_small_tensor_is_one_launch(monkeypatch):
+    """Else the host's path through autograd would be timed. The forward of a captured backward is made on the stream
+    that captures, as autograd runs the one where it ran the other."""
+    made, forwards = [], []
+
+    def graph(self, call):
+        before = len(forwards)
+        call()
+        made.append(len(forwards) - before)
+        return call
+
+    def counted(*arguments):
+        forwards.append(arguments)
+        return functional.srelu(*arguments)
+
+    monkeypatch.setattr(clocks.Clock, "graph", graph)
+    monkeypatch.setattr(bench_srelu, "srelu", counted)
+    monkeypatch.setattr(bench_srelu.providers, "official_srelu", counted)
+    monkeypatch.setattr(bench_srelu, "check", lambda *arguments: 0.0)
+    session = Session("srelu", parser("").parse_args(["--dry-run"]))
+    bench_srelu.run_case(session, bench_srelu.Case("srelu", (2, 5, 3, 4), torch.float32, "nchw"))
+    assert made == [1] * 6  # two providers, three modes; the first call of each is the one that captures
+    assert session.failures == 0
 
 
 def test_warming_a_graph_up_does_not_count_as_a_wrong_gradient(monkeypatch):
