@@ -20,7 +20,8 @@ from .nn import (
     SharedScale,
     SReLU,
 )
-from .regularizer import OrthoRegularizer, param_groups
+from .param_groups import param_groups
+from .regularizer import OrthoRegularizer
 
 __all__ = [
     "OrthoConv1d",

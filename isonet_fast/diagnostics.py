@@ -9,11 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import existence
 from .functional import orthogonality_loss
-from .nn.conv import _Orthogonal
-from .regularizer import _CONVOLUTIONS, _layer, _weight
+from .layers import (
+    CONVOLUTIONS,
+    KINDS,
+    LAZY,
+    NONE,
+    PARAMETRIZED,
+    Types,
+    absent,
+    has_values,
+    is_transposed,
+    layer_of,
+    own_penalty,
+    shape_of,
+    types,
+    unfit,
+    weight_of,
+)
 
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+NO_VALUES = "no values (meta device or FakeTensor)"
 FINEST = 16  # frequencies per dimension that a report samples at most
 
 
@@ -25,12 +42,19 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     (Sedghi, Gupta, Long, ICLR 2019). A stride s folds the s^d frequencies that alias onto one output frequency side by
     side, divided by s^(d/2). Computed from eigenvalues of the smaller gram matrix: values under 1e-8 are rounding.
 
+    A transposed convolution has those of the convolution whose weight it shares, whose input is its output.
+
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
-    ignores it. Raises TypeError for another module, ValueError for such a size.
+    ignores it. Raises TypeError for another module and for a weight that is parametrized, lazy, sparse, complex or
+    without values, ValueError for such a size.
     """
-    weight = _weight(conv)
-    if weight is None or not isinstance(conv, (*_CONVOLUTIONS, nn.Linear)):
+    weight = weight_of(conv) if isinstance(conv, KINDS) else None
+    if weight is None:
         raise TypeError(f"conv must be a convolution or a linear layer with its own weight, got {type(conv).__name__}")
+    assert isinstance(conv, KINDS)
+    why = absent(conv, KINDS) or unfit(conv, weight, KINDS) or ("" if has_values(weight) else NO_VALUES)
+    if why not in ("", NONE):
+        raise TypeError(f"conv must have a dense floating-point weight to read, got {type(conv).__name__}: {why}")
     kernel = weight.detach().double()
     if isinstance(conv, nn.Linear):
         return _values(kernel.unsqueeze(0))
@@ -69,80 +93,131 @@ def _values(blocks: Tensor) -> Tensor:
 
 
 class Row(NamedTuple):
-    """One layer in `isometry_report`."""
+    """One layer in `isometry_report`. Its numbers are NaN where it is excluded."""
 
     name: str
     shape: tuple[int, ...]
-    grid: tuple[int, ...]
-    smallest: float
-    median: float
-    largest: float
-    penalty: float
+    grid: tuple[int, ...] = ()
+    smallest: float = math.nan
+    median: float = math.nan
+    largest: float = math.nan
+    penalty: float = math.nan
+    excluded: str = ""  # why it is excluded; empty if it is not
+    isometry: str = ""  # how near to an isometry it can come (`existence.isometry`)
 
 
 class Report(list[Row]):
     """The rows of `isometry_report`; prints as a table."""
 
     def __str__(self) -> str:
-        head = f"{'layer':<24} {'weight':<18} {'grid':<8} {'smallest':>9} {'median':>9} {'largest':>9} {'penalty':>10}"
-        lines = [head]
+        lines = [_line("layer", "weight", "grid", "smallest", "median", "largest", "penalty", "isometry")]
         for row in self:
             shape, grid = ("x".join(map(str, sizes)) for sizes in (row.shape, row.grid))
-            values = f"{row.smallest:>9.4f} {row.median:>9.4f} {row.largest:>9.4f} {row.penalty:>10.4g}"
-            lines.append(f"{row.name:<24} {shape:<18} {grid:<8} {values}")
+            if row.excluded:
+                lines.append(f"{row.name:<24} {shape:<18} excluded: {row.excluded}")
+            else:
+                values = f"{row.smallest:.4f}", f"{row.median:.4f}", f"{row.largest:.4f}"
+                lines.append(_line(row.name, shape, grid, *values, f"{row.penalty:.4g}", row.isometry))
         return "\n".join(lines)
 
 
+def _line(name: str, shape: str, grid: str, low: str, middle: str, high: str, penalty: str, isometry: str) -> str:
+    return f"{name:<24} {shape:<18} {grid:<8} {low:>9} {middle:>9} {high:>9} {penalty:>10}  {isometry}".rstrip()
+
+
 @torch.no_grad()
-def isometry_report(model: nn.Module, input_size: Sequence[int]) -> Report:
-    """Smallest, median and largest singular value, and the penalty, of every convolution: 1, 1, 1, 0 is an isometry.
+def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types = ()) -> Report:
+    """Smallest, median and largest singular value, and the penalty, of every convolution and OrthoLinear: 1, 1, 1, 0 is
+    an isometry. `existence.isometry` says in the last column what the shape allows.
 
     input_size: (C, H, W) of one input; it tells each layer's feature map, on which (or on the largest grid up to 16 per
     dimension, which samples the same spectrum) `singular_values` is computed. The penalty is the layer's own ("isonet"
-    for plain convolutions). Shows its progress; parametrized weights are left out.
+    for plain convolutions). Shows its progress. Every other linear layer and transposed convolution has a row that says
+    that it is excluded, unless its class is in `include`; so has a layer whose weight cannot be read and one that this
+    input does not reach.
+
+    Raises TypeError for a model that is no module and ValueError for one with lazy layers that have no shape yet.
     """
     from tqdm import tqdm  # the package itself needs nothing but PyTorch
 
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _CONVOLUTIONS) and _weight(module) is not None
-    }
-    sizes = _feature_maps(model, layers, input_size)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    include = types(include)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, KINDS)}
+    excluded = {name: _why_not(module, include) for name, module in layers.items()}
+    lazy = [name for name, why in excluded.items() if why == LAZY]
+    if lazy:
+        raise ValueError(f"model has lazy layers without a shape yet, {lazy[0]!r} first; give it a batch before")
+    readable = {name: module for name, module in layers.items() if not excluded[name]}
+    sizes = _feature_maps(model, readable, input_size) if readable else {}
     rows = Report()
     for name, module in tqdm(layers.items(), desc="singular values", unit="layer", leave=False):
-        if name not in sizes:
-            continue  # not reached by this input
-        grid = tuple(map(_grid, sizes[name], module.stride, module.dilation, module.kernel_size))
-        values = singular_values(module, grid)
-        middle = values[len(values) // 2].item()
-        rows.append(
-            Row(name, tuple(module.weight.shape), grid, values[-1].item(), middle, values[0].item(), _penalty(module))
-        )
+        if name in readable and name not in sizes and not isinstance(module, nn.Linear):
+            excluded[name] = "not reached by this input"
+        if excluded[name]:
+            rows.append(Row(name, shape_of(module), excluded=excluded[name]))
+        else:
+            rows.append(_row(name, module, sizes.get(name, ())))
     return rows
 
 
-def _grid(size: int, stride: int, dilation: int, kernel: int) -> int:
+def _why_not(module: nn.Module, include: Types) -> str:
+    why = absent(module, include)
+    if why and why != NONE:
+        return why
+    weight = weight_of(module)
+    if weight is None:
+        return PARAMETRIZED
+    return unfit(module, weight, include) or ("" if has_values(weight) else NO_VALUES)
+
+
+def _row(name: str, module: Any, size: tuple[int, ...]) -> Row:
+    grid = () if isinstance(module, nn.Linear) else _grid(module, size)
+    values = singular_values(module, grid)
+    weight, penalty = module.weight, own_penalty(module) or "isonet"
+    layer = layer_of(weight, module, penalty)
+    loss = orthogonality_loss(
+        weight, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, penalty=penalty
+    ).item()
+    numbers = values[-1].item(), values[len(values) // 2].item(), values[0].item(), loss
+    possible = existence.isometry(layer, is_transposed(module))
+    return Row(name, tuple(weight.shape), grid, *numbers, isometry=possible)
+
+
+def _grid(module: Convolution, size: tuple[int, ...]) -> tuple[int, ...]:
     """The feature map's size, at most FINEST, at least the dilated kernel, a multiple of the stride."""
-    return -(-max(min(size, FINEST), dilation * (kernel - 1) + 1) // stride) * stride
+    return tuple(
+        -(-max(min(n, FINEST), e * (k - 1) + 1) // s) * s
+        for n, s, e, k in zip(size, module.stride, module.dilation, module.kernel_size, strict=True)
+    )
 
 
 def _feature_maps(model: nn.Module, layers: dict[str, Any], input_size: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Spatial size of what each layer sees. Convolutions that a block computes itself (`SharedScale.fold`) run
-    through `_conv_forward`, so that is what is watched."""
+    """Spatial size of what each convolution reads (a transposed one: about what it writes).
+
+    Convolutions that a block computes itself (`SharedScale.fold`) run through `_conv_forward`, so that is what is
+    watched.
+    """
     sizes: dict[str, tuple[int, ...]] = {}
 
     def watch(name: str, module: Any) -> None:
-        original = module._conv_forward
+        if is_transposed(module):
+            handles.append(module.register_forward_pre_hook(lambda _, args: note(name, args[0], module.stride)))
+        elif isinstance(module, CONVOLUTIONS):
+            original = module._conv_forward
 
-        def watched(x: Tensor, *rest: Any) -> Tensor:
-            sizes[name] = tuple(x.shape[2:])
-            return original(x, *rest)
+            def watched(x: Tensor, *rest: Any) -> Tensor:
+                note(name, x, (1,) * len(module.stride))
+                return original(x, *rest)
 
-        module._conv_forward = watched
+            module._conv_forward = watched  # type: ignore[method-assign,assignment]
+
+    def note(name: str, x: Tensor, stride: Sequence[int]) -> None:
+        sizes[name] = tuple(n * s for n, s in zip(x.shape[-len(stride) :], stride, strict=True))
 
     parameter = next(model.parameters())
-    training = model.training
+    handles: list[Any] = []
+    modes = {module: module.training for module in model.modules()}
     try:
         for name, module in layers.items():
             watch(name, module)
@@ -150,15 +225,8 @@ def _feature_maps(model: nn.Module, layers: dict[str, Any], input_size: Sequence
     finally:
         for module in layers.values():
             module.__dict__.pop("_conv_forward", None)
-        model.train(training)
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
     return sizes
-
-
-def _penalty(module: nn.Module) -> float:
-    weight = _weight(module)
-    assert weight is not None
-    chosen = (module.penalty if isinstance(module, _Orthogonal) else None) or "isonet"
-    layer = _layer(weight, module, chosen)
-    return orthogonality_loss(
-        weight, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, penalty=chosen
-    ).item()

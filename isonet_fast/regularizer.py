@@ -1,76 +1,69 @@
-"""One penalty for a whole network, and the optimizer's parameter groups of the official recipe."""
+"""One penalty for a whole network: `OrthoRegularizer`, from the modules of a model to what the ops compute."""
 
 from __future__ import annotations
 
+import math
 import operator
 import reprlib
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .geometry import PENALTIES, Layer
-from .nn import OrthoLinear, SharedScale
-from .nn.conv import _Orthogonal
+from .backward_order import BackwardOrder, has_hooks
+from .existence import isometry
+from .geometry import PENALTIES
+from .layers import (
+    Filter,
+    Types,
+    has_values,
+    is_transposed,
+    layer_of,
+    shape_of,
+    unfit,
+    weight_of,
+)
+from .layers import official_filter as official_filter  # part of this module's interface
 from .ops import orthogonality
-from .penalty_arguments import check_gradients, check_precision, checked_layer, checked_scale
+from .penalty_arguments import check_gradients, check_precision, checked_scale
+from .selection import Coeff, Selection
 from .sharded import Shards, is_sharded, reshard
+from .summary import Row, Summary, gflop
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Filter = Callable[[str, nn.Module], bool]
-
-
-class Row(NamedTuple):
-    """One layer in `OrthoRegularizer.summary()`."""
-
-    name: str
-    shape: tuple[int, ...]
-    penalty: str | None  # which one; None if excluded
-    excluded: str  # why it is excluded; empty if it is not
-    coeff: float
-    value: float  # unweighted
-    gflop: float  # multiply-adds of the penalty and its gradient, times two
-
-
-class Summary(list[Row]):
-    """The rows of `OrthoRegularizer.summary()`; prints as a table."""
-
-    def __str__(self) -> str:
-        lines = [f"{'layer':<28} {'weight':<22} {'penalty':<8} {'coeff':>9} {'value':>11} {'GFLOP':>9}"]
-        for row in self:
-            shape = "x".join(map(str, row.shape))
-            if row.excluded:
-                lines.append(f"{row.name:<28} {shape:<22} excluded: {row.excluded}")
-            else:
-                numbers = f"{row.coeff:>9.2g} {row.value:>11.5g} {row.gflop:>9.4f}"
-                lines.append(f"{row.name:<28} {shape:<22} {row.penalty:<8} {numbers}")
-        total = sum(row.value for row in self), sum(row.gflop for row in self)
-        return "\n".join([*lines, f"{'total':<28} {'':<22} {'':<8} {'':>9} {total[0]:>11.5g} {total[1]:>9.4f}"])
+_WEIGHT = operator.itemgetter("weight")
+Gathered = tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]
 
 
 class OrthoRegularizer:
     """sum over layers of coeff * penalty: `loss = criterion(model(x), y) + reg()`.
 
-    Covers every Conv1d to Conv3d (subclasses too, transposed ones never) and OrthoLinear; each Parameter once, however
-    many modules share it. Weights are looked up at each call, so FSDP, `load_state_dict(assign=True)` and swapped
-    (EMA) weights are seen; stride, dilation and groups are those of the first call. Parametrized weights are left out
-    with a warning: reading one can advance a power iteration.
+    Covers every Conv1d to Conv3d (subclasses too) and OrthoLinear; each Parameter once, however many modules share it.
+    The model is looked at again at each call: layers that were replaced, added or removed, weights that FSDP,
+    `load_state_dict(assign=True)` or averaging exchanged, lazy layers that have a shape by now. Of one layer stride,
+    dilation and groups are those of the first call, and `filter` and `coeff` are asked once. Left out with a warning:
+    parametrized weights (reading one can advance a power iteration), subclasses whose own forward may compute another
+    weight (weight standardisation), weights that are sparse, complex, quantised or of a foreign tensor class. A
+    regularizer that finds nothing to penalise warns.
 
     model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
-        the network after `fully_shard`.
-    coeff: a float, or `callable(name, module) -> float` asked once per layer.
+        the network after `fully_shard`. The default filter takes every convolution of it: in a detector also those of
+        the pyramid and the heads, so restrict it to the backbone there, `filter=lambda name, module:
+        name.startswith("backbone.body.") and official_filter(name, module)`.
+    coeff: a finite number of at least 0, or `callable(name, module)` that gives one, asked once per layer.
     penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
-    filter: `callable(name, module) -> bool`; None: the official rule, all but 7x7 kernels and three input channels.
-    interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`.
+    filter: `callable(name, module) -> bool`; None: `official_filter`, all but 7x7 kernels and three input channels.
+    interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`. `reg()`
+        under no_grad (validation) does not count: it returns the value of now.
     shard_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
         its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
     precision: as for `functional.orthogonality_loss`.
+    include: classes that are covered too: nn.Linear; nn.ConvTranspose1d to 3d, as the adjoint operator of the
+        convolution whose weight it shares; a subclass with a forward of its own that computes with the weight itself.
 
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
-    `shard_group`: of this rank's share; `last_total()` adds the shares).
+    `shard_group`: of this rank's share; `last_total()` adds the shares); 0 before the first.
 
     FSDP2 (`fully_shard`: every penalised weight, over one one-dimensional mesh). One all-gather makes the float32
     masters whole; `.grad` receives the whole penalty's gradient beside the mean of the ranks' other gradients, in every
@@ -78,103 +71,99 @@ class OrthoRegularizer:
     adds them; without it each computes everything. Every rank must make the same calls, `summary()` too. The autograd
     form adds to `.grad` at the end of the backward pass, so that `torch.autograd.grad` does not see it.
 
-    Raises at the first call ValueError for weights sharded otherwise, and RuntimeError if `fully_shard` came later.
+    Raises TypeError and ValueError for such arguments; at the first call ValueError for weights sharded otherwise, and
+    RuntimeError if `fully_shard` came later.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        coeff: float | Callable[[str, nn.Module], float] = 1e-4,
+        coeff: Coeff = 1e-4,
         penalty: str | None = None,
         filter: Filter | None = None,
         interval: int = 1,
         shard_group: Any = None,
         precision: str | None = None,
+        include: Types = (),
     ) -> None:
         if penalty is not None and penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {PENALTIES} or None (each layer's own), got {penalty!r}")
-        if not isinstance(interval, int) or interval < 1:
-            raise ValueError(f"interval must be a positive int, got {interval!r}")
-        if filter is not None and not callable(filter):
-            raise TypeError(f"filter must be callable(name, module) or None, got {type(filter).__name__}")
+            raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (each layer's own), got {penalty!r}")
         check_precision(precision)
-        self.penalty, self.precision, self.interval = penalty, precision, interval
+        self.penalty, self.precision, self.interval = penalty, precision, _interval(interval)
+        self._selection = Selection(model, coeff, penalty, filter, include)
         self._model, self._shard_group = model, shard_group
         self._calls = 0
         self._losses: Tensor | None = None
-        self._excluded: dict[str, tuple[nn.Module, str]] = {}
-        self._included: dict[str, tuple[nn.Module, str, float]] = {}
         self._sharded: dict[nn.Module, nn.Parameter] = {}
         self._problems: dict[tuple, tuple[orthogonality.Problem, Shards | None]] = {}
         self._seen: tuple[list[nn.Parameter], list[torch.Size]] = [], []
-        self._gathered: tuple[list[nn.Parameter], orthogonality.Problem, Shards | None] | None = None
-        reshard(model)
-        for name, module in model.named_modules():
-            if isinstance(module, (*_CONVOLUTIONS, OrthoLinear)):
-                self._consider(name, module, coeff, filter or official_filter)
+        self._gathered: Gathered | None = None
+        self._order = BackwardOrder(model, shares=shard_group is not None)
         self._shard = (0, 1)
         if shard_group is not None:
             self._shard = (dist.get_rank(shard_group), dist.get_world_size(shard_group))
-            self._watch_backward()
+        self._adopt()
+        if shard_group is not None:
+            self._gather()  # so that the first backward pass is seen
 
-    def _consider(self, name: str, module: nn.Module, coeff: Any, filter: Filter) -> None:
-        own = module.penalty if isinstance(module, _Orthogonal) else "isonet"
-        if _weight(module) is None:
-            self._leave_out_parametrized(name, module)
-        elif own is None:
-            self._excluded[name] = module, "penalty=None"
-        elif not filter(name, module):
-            self._excluded[name] = module, "filter"
-        else:
-            value = coeff(name, module) if callable(coeff) else coeff
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"coeff must be a float or give one for each layer, got {value!r} for {name!r}")
-            self._included[name] = module, self.penalty or own, float(value)
-            if is_sharded(module._parameters["weight"]):  # type: ignore[arg-type]
+    def _adopt(self) -> None:
+        """Follow the weights of the selected layers from now on."""
+        reshard(self._model)
+        self._gathered = None
+        self._holders = [chosen.module._parameters for chosen in self._selection.included.values()]
+        for module, *_ in self._selection.included.values():
+            if module not in self._sharded and is_sharded(module._parameters["weight"]):  # type: ignore[arg-type]
                 self._keep_sharded(module)
                 module.register_load_state_dict_post_hook(self._keep_sharded)  # assign=True exchanges the Parameter
-
-    def _leave_out_parametrized(self, name: str, module: nn.Module) -> None:
-        warnings.warn(f"OrthoRegularizer leaves out {name!r}: its weight is parametrized", stacklevel=4)
-        self._excluded[name] = module, "parametrized"
 
     def _keep_sharded(self, module: nn.Module, *_: Any) -> None:
         self._sharded[module] = module._parameters["weight"]  # type: ignore[assignment]
 
-    def _current(self, module: nn.Module) -> nn.Parameter | None:
+    def _still_fits(self, module: nn.Module) -> bool:
+        weight = weight_of(module)
+        return weight is not None and (module in self._sharded or not unfit(module, weight, self._selection.include))
+
+    def _current(self, module: nn.Module) -> nn.Parameter:
         """The weight as it is now. Between forward and backward FSDP2 may have a gathered copy in a shard's place, in
         low precision; then the shard."""
-        weight = _weight(module)
-        if weight is None:
-            return None
+        weight = weight_of(module)
+        assert weight is not None
         if is_sharded(weight) and module not in self._sharded:
             raise RuntimeError("OrthoRegularizer was made before fully_shard; make it afterwards")
         return weight if is_sharded(weight) else self._sharded.get(module, weight)
 
-    def _gather(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
+    def _gather(self) -> Gathered:
         """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded.
 
         While the modules hold the same Parameters of the same shapes, the answer of last time: on a GPU the host's time
         per call counts.
         """
-        now = [module._parameters.get("weight") for module, _, _ in self._included.values()]
+        if self._selection.changed():
+            self._select()
+        try:
+            now = list(map(_WEIGHT, self._holders))
+        except KeyError:  # parametrized since
+            self._select()
+            now = list(map(_WEIGHT, self._holders))
         known, shapes = self._seen
-        same = len(now) == len(known) and all(map(operator.is_, now, known)) and [w.shape for w in known] == shapes
+        same = len(now) == len(known) and all(map(operator.is_, now, known)) and list(map(Tensor.size, known)) == shapes
         if self._gathered is None or not same or len(set(map(Tensor.get_device, known))) > 1:
-            self._gathered = self._look_up()  # leaves out what is parametrized since: None here
-            known = [weight for weight in now if weight is not None]
-            self._seen = known, [w.shape for w in known]
+            self._gathered = self._look_up()
+            known = [chosen.module._parameters["weight"] for chosen in self._selection.included.values()]  # type: ignore
+            self._seen = known, list(map(Tensor.size, known))
         return self._gathered
 
-    def _look_up(self) -> tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]:
+    def _select(self) -> None:
+        self._selection.look()
+        self._adopt()
+
+    def _look_up(self) -> Gathered:
+        if not all(self._still_fits(chosen.module) for chosen in self._selection.included.values()):
+            self._select()
         weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
-        for name, (module, chosen, value) in list(self._included.items()):
+        for module, penalty, coeff in self._selection.included.values():
             weight = self._current(module)
-            if weight is None:  # parametrized since
-                self._leave_out_parametrized(name, module)
-                del self._included[name]
-            else:
-                weights.setdefault(id(weight), (weight, module, chosen, value))
+            weights.setdefault(id(weight), (weight, module, penalty, coeff))
         now = [w for w, *_ in weights.values()]
         devices = sorted({str(w.device) for w in now})
         if len(devices) > 1:
@@ -184,11 +173,12 @@ class OrthoRegularizer:
             )
         key = tuple((w.shape, m, is_sharded(w)) for w, m, *_ in weights.values())
         if key not in self._problems:
-            layers = tuple(_layer(w, m, chosen) for w, m, chosen, _ in weights.values())
+            layers = tuple(layer_of(w, m, chosen) for w, m, chosen, _ in weights.values())
             scale = self.interval * self._shard[1]
             coefficients = tuple(value * scale for *_, value in weights.values())
             problem = orthogonality.Problem(layers, coefficients, self.precision, self._shard)
             self._problems = {key: (problem, Shards(now, self._shard_group) if any(map(is_sharded, now)) else None)}
+        self._order.watch([w for w in now if not is_sharded(w)])
         return now, *self._problems[key]
 
     def _due(self) -> bool:
@@ -200,24 +190,43 @@ class OrthoRegularizer:
         return torch.zeros((), device=None if parameter is None else parameter.device)
 
     def __call__(self) -> Tensor:
-        """sum of coeff * penalty, 0-dim, differentiable once. Under gradient accumulation add it to the last
-        micro-batch's loss only."""
-        if self._due():
-            weights, problem, shards = self._gather()
-            whole = shards.gather(weights) if shards else weights
-            total, self._losses = orthogonality.loss(whole, problem)
-            if weights:
-                return total
-        return self._zero().requires_grad_(torch.is_grad_enabled())  # so that reg().backward() works every time
+        """sum of coeff * penalty, 0-dim, differentiable once.
+
+        Under gradient accumulation add it to every micro-batch's loss where the loss is divided by their number, as
+        frameworks do (Accelerate, Lightning, transformers); to one of them where it is not. Or leave it out, and call
+        `accumulate_grad_()` once per optimizer step.
+
+        Raises RuntimeError under FSDP2 where a weight has a hook of `register_post_accumulate_grad_hook`, which would
+        not see the penalty: `accumulate_grad_()` before the backward pass serves there.
+        """
+        counts = torch.is_grad_enabled()
+        if counts and not self._due():
+            return self._zero().requires_grad_()  # so that reg().backward() works every time
+        weights, problem, shards = self._gather()
+        if shards is not None and counts and any(map(has_hooks, weights)):
+            raise RuntimeError(
+                "reg() under FSDP2 adds its gradient at the end of the backward pass, where hooks of "
+                "register_post_accumulate_grad_hook (an optimizer in the backward pass) have run; call "
+                "accumulate_grad_() before loss.backward() instead"
+            )
+        whole = shards.gather(weights) if shards else weights
+        total, self._losses = orthogonality.loss(whole, problem)
+        if not weights:
+            return self._zero().requires_grad_(counts)
+        return total if counts or self.interval == 1 else total / self.interval
 
     @torch.no_grad()
     def accumulate_grad_(self, grad_scale: float = 1.0) -> Tensor:
         """Add grad_scale * coeff * dpenalty/dW to every weight's `.grad`; returns sum of coeff * penalty.
 
         Once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before they
-        are clipped. Saves the autograd engine's addition per weight. Under DistributedDataParallel with `shard_group`
-        it must come before the backward that synchronises the gradients: its share has to be averaged with them. Under
-        FSDP2 it may come before or after.
+        are clipped. Saves the autograd engine's addition per weight. The order that is right everywhere: zero_grad(),
+        accumulate_grad_(), loss.backward(), optimizer step.
+
+        After loss.backward() it may come too, with two exceptions. Under DistributedDataParallel with `shard_group`
+        it must come before the backward that synchronises the gradients: its share has to be averaged with them. With
+        hooks of `register_post_accumulate_grad_hook` (an optimizer in the backward pass) it must come between
+        zero_grad() and loss.backward(): they see what `.grad` has then. A warning tells where they did not.
 
         Raises RuntimeError under DistributedDataParallel where it comes after that backward. Raises TypeError or
         ValueError for a `grad_scale` that is no finite real number, and for a `.grad` that is sparse, of no
@@ -225,13 +234,14 @@ class OrthoRegularizer:
         """
         scale = checked_scale(grad_scale)
         if not self._due():
+            self._order.added([])
             return self._zero()
         weights, problem, shards = self._gather()
         if shards is not None:
             return self._accumulate_sharded(weights, problem, shards, scale)
-        if self._shard_group is not None:
-            self._check_order(weights)
+        self._order.check(weights)
         total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, scale)
+        self._order.added(weights)
         return total if weights else self._zero()
 
     def _accumulate_sharded(
@@ -243,71 +253,48 @@ class OrthoRegularizer:
         shards.add_(weights, grads)
         return total
 
-    def _watch_backward(self) -> None:
-        """Note for each weight at which version a synchronising backward has run over it."""
-        self._synchronised: dict[int, int] = {}
-
-        def note(weight: Tensor) -> None:
-            if getattr(self._model, "require_backward_grad_sync", True):
-                self._synchronised[id(weight)] = weight._version
-            else:  # one that synchronises is still to come
-                self._synchronised.pop(id(weight), None)
-
-        for weight in self._gather()[0]:
-            if weight.requires_grad and not is_sharded(weight):
-                weight.register_post_accumulate_grad_hook(note)
-
-    def _check_order(self, weights: list[nn.Parameter]) -> None:
-        """A gradient of an earlier step does not count: an optimizer step changes the weight's version.
-
-        A fused optimizer does not, and a gradient scaler may leave the step out. Then cleared gradients tell, and only
-        then is the device asked for a value.
-        """
-        stale = [w.grad for w in weights if w.grad is not None and self._synchronised.get(id(w)) == w._version]
-        if stale and torch.stack([grad.any() for grad in stale]).any():
-            raise RuntimeError(
-                "accumulate_grad_() with shard_group must come before the backward that synchronises the gradients, "
-                "but a backward has already run since the gradients were cleared; call it before loss.backward() "
-                "(under gradient accumulation: before the last one, and give the regularizer the "
-                "DistributedDataParallel module, so that no_sync() is noticed)"
-            )
+    @property
+    def last(self) -> Tensor:
+        """The unweighted penalty of the last computed call; 0 before the first."""
+        return self._zero() if self._losses is None else self._losses.sum()
 
     @property
-    def last(self) -> Tensor | None:
-        """The unweighted penalty of the last computed call; None before the first."""
-        return None if self._losses is None else self._losses.sum()
+    def computed(self) -> bool:
+        """Whether a call has computed the penalty, so that `last` is its value."""
+        return self._losses is not None
 
     @torch.no_grad()
-    def last_total(self) -> Tensor | None:
+    def last_total(self) -> Tensor:
         """`last` of all ranks together: the full unweighted penalty, by one all_reduce over `shard_group`.
 
         Every rank of the group must call it. Nothing waits for the device. Without `shard_group` it is `last`.
         """
         total = self.last
-        if total is not None and self._shard_group is not None:
+        if self._shard_group is not None:
             dist.all_reduce(total, group=self._shard_group)
         return total
 
     @torch.no_grad()
     def summary(self) -> Summary:
-        """Every convolution and OrthoLinear: included or why not, its penalty (computed now) and its cost."""
+        """Every convolution, transposed convolution and linear layer: included or why not, its penalty (computed now;
+        NaN on the meta device), what it costs, and how near to an isometry it can come (`existence.isometry`)."""
         weights, problem, shards = self._gather()
         every_unit = orthogonality.Problem(problem.layers, problem.coefficients, problem.precision)
         whole = shards.gather(weights) if shards else weights
-        values = orthogonality.loss(whole, every_unit)[1].tolist() if weights else []
+        losses = orthogonality.loss(whole, every_unit)[1] if weights else torch.zeros(0)
+        values = losses.tolist() if has_values(losses) else [math.nan] * len(weights)
         computed = dict(zip(map(id, weights), zip(problem.layers, values, strict=True), strict=True))
         rows = {}
-        for name, (module, chosen, coeff) in self._included.items():
+        for name, (module, penalty, coeff) in self._selection.included.items():
             weight = self._current(module)
-            assert weight is not None
+            shape, possible = tuple(weight.shape), isometry(layer_of(weight, module, penalty), is_transposed(module))
             if id(weight) in computed:
-                geometry, value = computed.pop(id(weight))
-                rows[name] = Row(name, tuple(weight.shape), chosen, "", coeff, value, _gflop(geometry))
+                layer, value = computed.pop(id(weight))
+                rows[name] = Row(name, shape, penalty, "", coeff, value, gflop(layer), possible)
             else:
-                rows[name] = Row(name, tuple(weight.shape), None, "shares its weight", 0.0, 0.0, 0.0)
-        for name, (module, why) in self._excluded.items():
-            parameter = _weight(module)
-            rows[name] = Row(name, () if parameter is None else tuple(parameter.shape), None, why, 0.0, 0.0, 0.0)
+                rows[name] = Row(name, shape, None, "shares its weight", 0.0, 0.0, 0.0, possible)
+        for name, (module, why) in self._selection.excluded.items():
+            rows[name] = Row(name, shape_of(module), None, why, 0.0, 0.0, 0.0)
         order = [name for name, _ in self._model.named_modules() if name in rows]
         return Summary(rows[name] for name in order)
 
@@ -320,18 +307,6 @@ class OrthoRegularizer:
         if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
             raise ValueError(f'state must be what state_dict() returned, {{"calls": N}}, got {reprlib.repr(state)}')
         self._calls = calls
-
-
-def official_filter(name: str, module: nn.Module) -> bool:
-    """What the official network penalises: not a 7x7 kernel, not three input channels."""
-    return getattr(module, "kernel_size", None) != (7, 7) and (
-        not isinstance(module, _CONVOLUTIONS) or module.weight.shape[1] != 3
-    )
-
-
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    """The Parameter itself, None where it is parametrized; never computed, as `module.weight` might be."""
-    return module._parameters.get("weight")
 
 
 def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
@@ -356,35 +331,12 @@ def _both(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[li
     return [weight for weight, _ in known], [grad for _, grad in known]
 
 
-def _layer(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
-    if isinstance(module, nn.Linear):
-        return checked_layer(weight, 1, 1, 1, penalty)
-    return checked_layer(weight, module.stride, module.dilation, module.groups, penalty)
-
-
-def _gflop(geometry: Layer) -> float:
-    """Gram of each offset of the half plane, and the two gradient products (one at t = 0)."""
-    return sum(geometry.gram_flops(t) * (3 if any(t) else 2) for t in geometry.offsets) / 1e9
-
-
-def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The official optimizer groups: SReLU biases without weight decay, shared scales at lr / 10 (with decay).
-
-    Every parameter is in exactly one group; each group has its `lr` and `weight_decay`, and a schedule that
-    multiplies learning rates keeps the ratio.
-    """
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, SharedScale)}
-    srelu: list[nn.Parameter] = []
-    shared: list[nn.Parameter] = []
-    other: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == "srelu_bias":
-            srelu.append(parameter)
-        else:
-            (shared if id(parameter) in scales or ".shared_scalar." in f".{name}" else other).append(parameter)
-    groups = [
-        {"params": other, "lr": lr, "weight_decay": weight_decay},
-        {"params": srelu, "lr": lr, "weight_decay": 0.0},
-        {"params": shared, "lr": lr / 10, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
+def _interval(value: Any) -> int:
+    """An integer of any kind."""
+    try:
+        interval = 0 if isinstance(value, bool) else operator.index(value)
+    except Exception:
+        interval = 0
+    if interval < 1:
+        raise ValueError(f"interval must be a positive int, got {value!r}")
+    return interval

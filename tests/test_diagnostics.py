@@ -39,7 +39,7 @@ def test_report_of_a_network():
     model = models.isonet_cifar(8, residual=True, in_channels=1)
     model.train()
     report = diagnostics.isometry_report(model, (1, 16, 16))
-    names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    names = [name for name, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert [row.name for row in report] == names, "the folded convolutions too"
     rows = {row.name: row for row in report}
     assert rows["s3.b1.f.b"].grid == (4, 4) and rows["stem.conv"].grid == (16, 16)

@@ -4,7 +4,12 @@ Sharding over ranks: test_regularizer_sharding.py. Which layers, coefficients, s
 """
 
 import copy
+import re
+import warnings
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -229,7 +234,7 @@ def test_interval_computes_every_kth_time_and_multiplies(form):
         assert value.shape == ()
         if call % 3:
             assert value.item() == 0 and not grads(net)
-            assert (reg.last is None) == (call < 3)
+            assert (reg.last.item() == 0) == (call < 3)
         else:
             assert value.item() == pytest.approx(3 * expected.item(), rel=1e-12)
             assert_grads(net, expected_grads, scale=3)
@@ -403,7 +408,8 @@ def test_create_graph_of_the_network_alone_still_works():
 def test_last_is_unweighted_detached_and_of_the_last_computed_call():
     net = network()
     reg = OrthoRegularizer(net, coeff=lambda name, module: 0.5 if name == "0" else 2.0)
-    assert reg.last is None
+    assert reg.last.shape == () and reg.last.item() == 0 and not reg.computed  # a number, for loggers
+    assert reg.last_total().item() == 0
     *_, unweighted = by_reference(net)
     value = reg()
     assert reg.last.shape == () and not reg.last.requires_grad and reg.last.grad_fn is None
@@ -434,17 +440,39 @@ def test_two_forwards_before_a_backward_do_not_mix():
     assert_grads(net, second)
 
 
-@pytest.mark.parametrize("net", [nn.Sequential(), nn.Linear(3, 3), nn.Sequential(nn.ConvTranspose2d(4, 4, 3))])
-def test_nothing_to_penalise(net):
-    reg = OrthoRegularizer(net)
+NOTHING = {
+    "the model has no convolution or linear layer": nn.Sequential(nn.ReLU()),
+    r"it leaves out the model itself \(linear, not in include\)": nn.Linear(3, 3),
+    r"'up' \(transposed, not in include\)": nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 3)}),
+    r"'a', 'b' \(filter official_filter\); 'c' \(penalty=None\)": nn.ModuleDict(
+        {"a": nn.Conv2d(3, 4, 3), "b": nn.Conv2d(4, 4, 7), "c": OrthoConv2d(4, 4, 3, penalty=None)}
+    ),
+    r"'0', '1', '2', '3', '4' and 4 more \(filter": nn.Sequential(*[nn.Conv2d(3, 3, 3) for _ in range(9)]),
+}
+
+
+@pytest.mark.parametrize("why", NOTHING)
+def test_nothing_to_penalise_is_said_with_what_was_left_out_and_why(why):
+    net = NOTHING[why]
+    with pytest.warns(UserWarning, match="OrthoRegularizer has nothing to penalise: .*" + why) as caught:
+        reg = OrthoRegularizer(net)
+    assert caught[0].filename == __file__
     for _ in range(2):
         value = reg()
         assert value.item() == 0 and value.shape == ()
         value.backward()
     assert reg.accumulate_grad_().item() == 0
     assert reg.last.item() == 0
-    assert reg.summary() == [] and "total" in str(reg.summary())
+    assert all(row.excluded for row in reg.summary()) and "total" in str(reg.summary())
     assert not grads(net)
+
+
+def test_a_users_filter_is_named_where_it_leaves_nothing():
+    def only_heads(name, module):
+        return "head" in name
+
+    with pytest.warns(UserWarning, match=r"filter .*only_heads"):
+        OrthoRegularizer(network(), filter=only_heads)
 
 
 def test_training_with_it_makes_the_layers_orthogonal():
@@ -470,13 +498,178 @@ def test_training_with_it_makes_the_layers_orthogonal():
         ({"penalty": "soft"}, ValueError, r"penalty must be one of .*or None.* got 'soft'"),
         ({"precision": "high"}, ValueError, r"precision must be one of .*'highest'.*got 'high'"),
         ({"filter": "conv"}, TypeError, r"filter must be callable\(name, module\) or None, got str"),
-        ({"coeff": "1e-4"}, TypeError, r"coeff must be a float.* got '1e-4' for '0'"),
-        ({"coeff": lambda name, module: None}, TypeError, r"coeff must be a float or give one.* got None for '0'"),
+        ({"filter": lambda name: True}, TypeError, r"filter must take two arguments, \(name, module\), got .*\(name\)"),
+        ({"filter": lambda *, name: True}, TypeError, r"filter must take two arguments"),
+        (
+            {"filter": lambda name, module: module.weight > 0},
+            TypeError,
+            "filter must return True or False, got a Tensor",
+        ),
+        ({"coeff": "1e-4"}, TypeError, r"coeff must be a number.* got '1e-4'"),
+        ({"coeff": None}, TypeError, "coeff must be a number.* got None"),
+        ({"coeff": 1e-4j}, TypeError, "coeff must be a number.* got 0.0001j"),
+        ({"coeff": True}, TypeError, "coeff must be a number.* got True"),
+        ({"coeff": torch.ones(2)}, TypeError, "coeff must be a number"),
+        ({"coeff": torch.ones((), device="meta")}, TypeError, "coeff must be a number"),
+        ({"coeff": lambda name, module: None}, TypeError, r"coeff must be a number or give one.* got None for '0'"),
+        ({"coeff": lambda module: 1.0}, TypeError, r"coeff must take two arguments, \(name, module\)"),
+        ({"coeff": float("nan")}, ValueError, "coeff must be finite and at least 0, got nan"),
+        ({"coeff": float("inf")}, ValueError, "coeff must be finite and at least 0, got inf"),
+        ({"coeff": 10**400}, ValueError, "coeff must be finite and at least 0, got inf"),
+        ({"coeff": -1}, ValueError, "coeff must be finite and at least 0, got -1"),
+        ({"coeff": lambda name, module: -0.5}, ValueError, "coeff must be finite.* got -0.5 for '0'"),
+        ({"model": None}, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        ({"model": OrthoConv2d}, TypeError, "model must be a torch.nn.Module, got type"),
+        ({"include": "linear"}, TypeError, "include must be a class or a tuple of classes.* got 'linear'"),
+        ({"include": (nn.Linear, nn.ReLU)}, TypeError, "include must be .*nn.Linear.*ReLU"),
+        ({"interval": True}, ValueError, "interval must be a positive int, got True"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, message):
     with pytest.raises(error, match=message):
-        OrthoRegularizer(network(), **arguments)
+        OrthoRegularizer(**{"model": network()} | arguments)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        torch.tensor(0.5),
+        torch.tensor([0.5], requires_grad=True),
+        np.float32(0.5),
+        np.array(0.5),
+        Fraction(1, 2),
+        Decimal("0.5"),
+    ],
+    ids=lambda number: type(number).__name__,
+)
+def test_coeff_may_be_a_number_of_any_kind(number):
+    net = network()
+    expected, *_ = by_reference(net, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for coeff in (number, lambda name, module: number):
+            assert OrthoRegularizer(net, coeff)().item() == pytest.approx(expected.item(), rel=1e-12)
+    assert OrthoRegularizer(net, 3)().item() == pytest.approx(6 * expected.item(), rel=1e-12)
+
+
+def test_interval_may_be_an_integer_of_any_kind():
+    for interval in (np.int64(2), torch.tensor(2)):
+        assert OrthoRegularizer(network(), interval=interval).interval == 2
+
+
+def test_what_a_filter_raises_says_about_which_layer_it_was_asked():
+    with pytest.raises(AttributeError) as caught:
+        OrthoRegularizer(network(), filter=lambda name, module: module.kernel_size == (3, 3))
+    assert caught.value.__notes__ == ["raised by filter= of OrthoRegularizer, asked about '11', a OrthoLinear"]
+
+
+def test_a_filter_may_return_what_is_true_or_false():
+    """A match of a regular expression, None, a number, an array's bool."""
+    answers = {"0": re.match("0", "0"), "2": np.bool_(True), "3": torch.tensor(True)}
+    reg = OrthoRegularizer(network(), filter=lambda name, module: answers.get(name))
+    assert [row.name for row in reg.summary() if not row.excluded] == ["0", "2", "3"]
+
+
+def test_calls_under_no_grad_do_not_count_for_the_interval():
+    """Validation reads the value of now, not multiplied, and leaves the schedule of training as it is."""
+    net = network()
+    expected, *_, unweighted = by_reference(net)
+    reg = OrthoRegularizer(net, interval=3)
+    values = []
+    for call in range(6):
+        values.append(reg().item())
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                value = reg()
+            assert not value.requires_grad and value.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert reg.last.item() == pytest.approx(unweighted, rel=1e-12)
+        assert reg.state_dict() == {"calls": call + 1}
+    once = pytest.approx(3 * expected.item(), rel=1e-12)
+    assert values == [0, 0, once, 0, 0, once]
+
+
+@pytest.mark.parametrize("form", ["reg() on every micro-batch", "reg() on one, undivided", "accumulate_grad_()"])
+def test_gradient_accumulation(form):
+    """A framework divides every micro-batch's loss by their number (as Accelerate and Lightning do), so reg() belongs
+    to every one. Where the loss of one is not divided, reg() on that one does; accumulate_grad_() always, once."""
+    steps, batches = 2, torch.randn(4, 2, 4, 9, 9, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    expected, net = network(), network()
+    reg = OrthoRegularizer(net, 0.1)
+    for step in range(2):
+        for p, name in zip(expected.parameters(), dict(expected.named_parameters()), strict=True):
+            p.grad = by_reference(expected, 0.1)[1].get(name)
+        for x in batches[2 * step : 2 * step + 2]:
+            (expected(x).square().mean() / steps).backward()
+        for n, x in enumerate(batches[2 * step : 2 * step + 2]):
+            loss = net(x).square().mean()
+            if form == "reg() on every micro-batch":
+                ((loss + reg()) / steps).backward()
+            elif form == "reg() on one, undivided":
+                (loss / steps + (reg() if n == steps - 1 else 0)).backward()
+            else:
+                (loss / steps).backward()
+        if form == "accumulate_grad_()":
+            reg.accumulate_grad_()
+        for one in (expected, net):
+            torch.optim.SGD(one.parameters(), 1e-4).step()
+            one.zero_grad()
+    for p, want in zip(net.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, want, rtol=1e-12, atol=1e-12)
+
+
+def in_the_backward(net, lr=1e-4):
+    """An optimizer that steps as each gradient arrives and clears it."""
+
+    def step(p):
+        with torch.no_grad():
+            p.sub_(lr * p.grad)
+        p.grad = None
+
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    return net
+
+
+def three_steps(net, order, optimizer=None):
+    reg = OrthoRegularizer(net, 0.1)
+    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    for _ in range(3):
+        net.zero_grad()
+        if order == "before":
+            reg.accumulate_grad_()
+        (net(x).square().mean() + (reg() if order == "autograd" else 0)).backward()
+        if order == "after":
+            reg.accumulate_grad_()
+        if optimizer is not None:
+            optimizer.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("order", ["before", "autograd"])
+def test_an_optimizer_in_the_backward_sees_the_penalty(order):
+    plain = network()
+    expected = three_steps(plain, "after", torch.optim.SGD(plain.parameters(), 1e-4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = three_steps(in_the_backward(network()), order)
+    for p, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(p, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_penalty_that_an_optimizer_in_the_backward_never_sees_is_warned_of():
+    with pytest.warns(UserWarning, match=r"accumulate_grad_\(\) after zero_grad\(\) and before loss.backward\(\)"):
+        three_steps(in_the_backward(network()), "after")
+
+
+def test_hooks_that_only_look_are_not_warned_of():
+    """After a backward pass and an optimizer step the gradients may be cleared, in place too."""
+    net, norms = network(), []
+    for p in net.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.norm()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        three_steps(net, "before", torch.optim.SGD(net.parameters(), 1e-4))
+    assert norms
 
 
 @pytest.mark.parametrize("state", [{}, None, {"calls": "3"}, {"calls": -1}, {"calls": True}, [("calls", 3)]])

@@ -40,7 +40,7 @@ def included(reg):
     return [row.name for row in reg.summary() if not row.excluded]
 
 
-def test_covers_convolutions_and_ortho_linear_subclasses_too_transposed_never():
+def test_covers_convolutions_and_ortho_linear_subclasses_too():
     net = nn.ModuleDict(
         {
             "conv1d": nn.Conv1d(4, 4, 3),
@@ -61,7 +61,12 @@ def test_covers_convolutions_and_ortho_linear_subclasses_too_transposed_never():
     )
     reg = OrthoRegularizer(net)
     covered = ["conv1d", "conv2d", "conv3d", "ortho1d", "ortho2d", "ortho3d", "subclass", "ortho linear"]
-    assert included(reg) == covered == [row.name for row in reg.summary()]
+    assert included(reg) == covered
+    assert {row.name: row.excluded for row in reg.summary() if row.excluded} == {
+        "linear": "linear, not in include",
+        **dict.fromkeys(["transposed1d", "transposed2d", "transposed3d"], "transposed, not in include"),
+    }
+    assert all(row.shape == tuple(net[row.name].weight.shape) for row in reg.summary())
     reg().backward()
     assert [name for name, m in net.items() if m.weight.grad is not None] == covered
     accumulated = OrthoRegularizer(net)
@@ -216,7 +221,7 @@ def test_a_parametrized_weight_is_skipped_with_a_warning_and_never_read(kind, wh
     change = PARAMETRIZED[kind]
     if when == "before":
         change(net["a"])
-        with pytest.warns(UserWarning, match="leaves out 'a': its weight is parametrized"):
+        with pytest.warns(UserWarning, match="leaves out 'a': parametrized"):
             reg = OrthoRegularizer(net, 1.0)
     else:
         reg = OrthoRegularizer(net, 1.0)
@@ -224,7 +229,7 @@ def test_a_parametrized_weight_is_skipped_with_a_warning_and_never_read(kind, wh
             assert reg().item() > alone
         change(net["a"])
         net.zero_grad()
-        with pytest.warns(UserWarning, match="leaves out 'a': its weight is parametrized"):
+        with pytest.warns(UserWarning, match="leaves out 'a': parametrized"):
             reg()
     state = buffers(net)
     assert bool(state) == ("spectral" in kind)  # there is a power iteration to watch
@@ -297,9 +302,9 @@ def test_summary_prints_as_a_table():
     with torch.no_grad():
         net["body"].weight.zero_()  # penalty 4/2: four rows
     lines = str(OrthoRegularizer(net, 0.25).summary()).splitlines()
-    assert lines[0].split() == ["layer", "weight", "penalty", "coeff", "value", "GFLOP"]
+    assert lines[0].split() == ["layer", "weight", "penalty", "coeff", "value", "GFLOP", "isometry"]
     assert lines[1].split() == ["stem", "4x3x3x3", "excluded:", "filter"]
-    assert lines[2].split()[:5] == ["body", "8x4x3x3", "isonet", "0.25", "2"]
+    assert lines[2].split()[:5] == ["body", "8x4x3x3", "isonet", "0.25", "2"] and lines[2].endswith("  columns")
     assert lines[3].split()[:2] == ["total", "2"] and len(lines) == 4
 
 
@@ -310,7 +315,7 @@ def test_summary_computes_the_penalty_now_and_counts_as_no_call():
         net[0].weight.zero_()
     assert reg.summary()[0].value == 2
     assert (
-        reg.state_dict() == {"calls": 0} and reg.last is None and not any(p.grad is not None for p in net.parameters())
+        reg.state_dict() == {"calls": 0} and not reg.computed and not any(p.grad is not None for p in net.parameters())
     )
 
 
@@ -319,8 +324,8 @@ def test_every_penalised_layer_of_a_published_network_starts_at_its_delta(residu
     """A delta with as many rows as it can fill scores 0; all convolutions but the stem are covered."""
     net = isonet_cifar(8, residual)
     rows = OrthoRegularizer(net).summary()
-    assert [row.name for row in rows if row.excluded] == ["stem.conv"]
-    assert len(rows) == (9 if residual else 7)
+    assert [row.name for row in rows if row.excluded] == ["stem.conv", "head.fc"]
+    assert len(rows) == (10 if residual else 8)
     assert all(row.value == 0 for row in rows)
 
 

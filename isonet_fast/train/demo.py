@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ..models import isonet_cifar
 from ..models.official import bare, official, official_penalty
-from ..regularizer import OrthoRegularizer, param_groups
+from ..param_groups import param_groups
+from ..regularizer import OrthoRegularizer
 from .digits import digits
 from .divergence import Diverged, first_nonfinite
 from .files import replacing
@@ -70,7 +71,7 @@ def train(
         accuracy = evaluate(model, test_images, test_labels)
         with torch.no_grad():
             reg()
-        row = {"loss": statistics.fmean(losses), "penalty": float(reg.last), "accuracy": accuracy, "seconds": seconds}  # type: ignore[arg-type]
+        row = {"loss": statistics.fmean(losses), "penalty": float(reg.last), "accuracy": accuracy, "seconds": seconds}
         postfix = {"epoch": f"{epoch}/{epochs}", "accuracy": f"{accuracy:.3f}", "loss": f"{row['loss']:.3f}"}
         bar.set_postfix(postfix, refresh=False)
         yield row

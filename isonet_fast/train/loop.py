@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..regularizer import OrthoRegularizer, param_groups
+from ..param_groups import param_groups
+from ..regularizer import OrthoRegularizer
 from . import checkpoint, schedule, snapshot
 from .build import autocast, build_model
 from .config import Config
@@ -221,7 +222,7 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         if not share_first:
             self.reg.accumulate_grad_()
-        if self.reg.last is not None:  # None until the first one of `interval` calls
+        if self.reg.computed:  # not before the first one of `interval` calls
             self.penalty = self.reg.last
         if self.config.optimizer.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)

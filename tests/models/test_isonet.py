@@ -70,8 +70,8 @@ def test_what_is_penalised() -> None:
         model = getattr(models, name)()
         reg = isonet_fast.OrthoRegularizer(model)
         convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-        assert list(reg._excluded) == ["stem.conv"]
-        assert list(reg._included) == convolutions[1:]
+        assert [row.name for row in reg.summary() if row.excluded] == ["stem.conv", "head.fc"]
+        assert [row.name for row in reg.summary() if not row.excluded] == convolutions[1:]
 
 
 def unfused(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

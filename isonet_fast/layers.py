@@ -1,0 +1,134 @@
+"""The layers that a penalty can serve: their classes, their weight, their geometry, and why one is left out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .geometry import Layer
+from .nn import OrthoLinear
+from .nn.conv import _Orthogonal
+from .penalty_arguments import FLOATS, checked_layer
+from .sharded import is_sharded
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+Filter = Callable[[str, nn.Module], bool]
+Types = type[nn.Module] | tuple[type[nn.Module], ...]
+
+# why a layer is left out; the last one comes unasked, so that it is worth a warning
+LINEAR, ADJOINT, NONE = "linear, not in include", "transposed, not in include", "penalty=None"
+LAZY = "lazy, without a shape yet"
+PARAMETRIZED = "parametrized"
+
+
+def official_filter(name: str, module: nn.Module) -> bool:
+    """What the official network penalises: not a 7x7 kernel, not three input channels.
+
+    Of a transposed convolution these are the kernel and the inputs of the convolution whose weight it shares.
+    """
+    return getattr(module, "kernel_size", None) != (7, 7) and (
+        isinstance(module, nn.Linear) or module.get_parameter("weight").shape[1] != 3
+    )
+
+
+def types(include: Any) -> tuple[type[nn.Module], ...]:
+    """`include` as a tuple; TypeError where one of its classes could never be penalised."""
+    classes = include if isinstance(include, tuple) else (include,)
+    for one in classes:
+        if not (isinstance(one, type) and issubclass(one, KINDS)):
+            allowed = "nn.Linear, nn.ConvTranspose1d to 3d, nn.Conv1d to 3d or subclasses of them"
+            raise TypeError(f"include must be a class or a tuple of classes: {allowed}; got {one!r}")
+    return classes
+
+
+def weight_of(module: nn.Module) -> nn.Parameter | None:
+    """The Parameter itself, None where it is parametrized; never computed, as `module.weight` might be."""
+    return module._parameters.get("weight")
+
+
+def shape_of(module: nn.Module) -> tuple[int, ...]:
+    """The shape of its weight; () where it has none of its own, or none yet."""
+    weight = weight_of(module)
+    return () if weight is None or is_lazy(weight) else tuple(weight.shape)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it can be read: not on the meta device, and not fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, TRANSPOSED)
+
+
+def layer_of(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
+    """The geometry of a module of `KINDS`. A transposed convolution has that of the convolution whose weight it shares,
+    of which it is the adjoint operator."""
+    if isinstance(module, nn.Linear):
+        return checked_layer(weight, 1, 1, 1, penalty)
+    return checked_layer(weight, module.stride, module.dilation, module.groups, penalty)
+
+
+def own_penalty(module: nn.Module) -> str | None:
+    """What the layer itself asks for: "isonet" for those of PyTorch."""
+    return module.penalty if isinstance(module, _Orthogonal) else "isonet"
+
+
+def absent(module: nn.Module, include: Types = ()) -> str:
+    """Why a module of `KINDS` is none of the layers to ask a filter about; empty if it is one.
+
+    `include` has the classes that are left out otherwise.
+    """
+    weight, wanted = weight_of(module), isinstance(module, include)
+    if isinstance(module, nn.Linear) and not isinstance(module, OrthoLinear) and not wanted:
+        return LINEAR
+    if isinstance(module, TRANSPOSED) and not wanted:
+        return ADJOINT
+    if own_penalty(module) is None:
+        return NONE
+    if weight is None:
+        return PARAMETRIZED
+    return LAZY if is_lazy(weight) else ""
+
+
+def unfit(module: nn.Module, weight: Tensor, include: Types = ()) -> str:
+    """Why no penalty can be computed from this weight; empty if it can.
+
+    A subclass with a forward of its own may compute another weight from the one that it holds (weight
+    standardisation): it needs its class in `include`.
+    """
+    if weight.is_nested or weight.layout != torch.strided:
+        return f"{'nested' if weight.is_nested else str(weight.layout).rpartition('.')[2].strip('_')} weight"
+    if weight.dtype not in FLOATS:
+        return f"{str(weight.dtype).removeprefix('torch.')} weight"
+    if is_traceable_wrapper_subclass(weight) and not is_sharded(weight):
+        return f"{type(weight).__name__} weight"
+    if not isinstance(module, include) and not _is_plain(module):
+        return f"{type(module).__name__} has a forward of its own and is not in include"
+    return ""
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its class computes as its parent in torch.nn does."""
+    parent = next(kind for kind in KINDS if isinstance(module, kind))
+    methods = ("forward", "_conv_forward")
+    return all(getattr(type(module), name, None) is getattr(parent, name, None) for name in methods)
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line outside this package that led to it."""
+    package, level, frame = __name__.partition(".")[0], 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
