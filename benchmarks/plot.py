@@ -89,16 +89,49 @@ def draw(rows: list[Row], kind: str, folder: Path) -> list[Path]:
     return paths
 
 
+def peers(rows: list[Row], folder: Path) -> list[Path]:
+    """What each way of keeping a convolution orthogonal adds to a step, and the singular values that it reaches."""
+    from matplotlib import pyplot as plt
+
+    found = cases(rows, op="peers", mode="step")
+    if not found:
+        return []
+    figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4.5), layout="constrained", squeeze=False)
+    for axis, problem in zip(axes[0], found, strict=True):
+        steps = group(rows, ("none", "isonet_fast"), **problem)
+        for provider, row in steps.items():
+            ends = [group(rows, (provider,), **{**problem, "mode": mode}) for mode in ("smallest", "largest")]
+            if not all(ends):
+                continue
+            smallest, largest = 1 - float(ends[0][provider]["error"]), 1 + float(ends[1][provider]["error"])
+            added = max(ms(row) - ms(steps["none"]), 0.01 * ms(steps["none"]))
+            (line,) = axis.plot([added, added], [smallest, largest], "_-", markersize=10, linewidth=3)
+            axis.annotate(provider, (added, largest), rotation=60, fontsize=7, color=line.get_color())
+        axis.axhline(1.0, color="#8c8c8c", linewidth=0.8)
+        axis.set(title=problem["case"], xlabel="ms added to the step (1 % of it or less: at 1 %)", xscale="log")
+        axis.set(ylabel="singular values, smallest to largest")
+        axis.margins(0.15, 0.35)
+    figure.suptitle(rows[-1]["device"])
+    path = folder / "peers.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return [path]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     folder = Path(given[0]) if given else ROOT / "docs"
-    timed = [row for row in (read(folder) if given else read()) if row["p50_ms"]]
+    everything = read(folder) if given else read()
+    timed = [row for row in everything if row["p50_ms"]]
     for kind in ("CPU", "GPU"):
         rows = on(timed, kind)
         if rows:  # the machine that measured last
             device = rows[-1]["device"]
             for path in draw([row for row in rows if row["device"] == device], kind.lower(), folder):
                 print(path)
+    compared = [row for row in everything if row["op"] == "peers"]
+    for path in peers([row for row in compared if row["device"] == compared[-1]["device"]], folder):
+        print(path)
     return 0
 
 

@@ -105,12 +105,31 @@ def srelu_table(rows: list[Row]) -> str:
     return markdown([*head, "official / ours", "share of the copy bandwidth"], body)
 
 
+def peers_table(rows: list[Row]) -> str:
+    """Ways of keeping a convolution orthogonal: what each adds to a step, and the singular values that it reaches."""
+    problems = cases(rows, op="peers", mode="step")
+    steps = [group(rows, ("none", "isonet_fast"), **problem) for problem in problems]
+    names = [problem["case"].partition(",")[0] for problem in problems]
+    body = []
+    for provider in dict.fromkeys(name for side in steps for name in side if name != "none"):
+        added = [f"{ms(side[provider]) - ms(side['none']):.3g}" if provider in side else "" for side in steps]
+        spans = []
+        for problem in problems:
+            ends = [group(rows, (provider,), **{**problem, "mode": mode}) for mode in ("smallest", "largest")]
+            low, high = (float(end[provider]["error"]) if end else 0.0 for end in ends)
+            spans.append(f"{1 - low:.3f} to {1 + high:.3f}" if all(ends) else "")
+        body.append([provider, *added, *spans])
+    head = ["", *(f"ms added, {name}" for name in names), *(f"singular values, {name}" for name in names)]
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "targets": targets_table,
     "step": step_table,
     "penalty": penalty_table,
     "host": host_table,
     "srelu": srelu_table,
+    "peers": peers_table,
 }
 
 
