@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+Offset = tuple[int, ...]
+
 PENALTIES = ("isonet", "lorth", "matrix")
 
 

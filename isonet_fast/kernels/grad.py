@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from .layout import (
+    PANEL,
+    RESIDUAL_PANEL,
     VIEW_ADDRESS,
     VIEW_COLUMN_STRIDE,
     VIEW_COLUMNS,
@@ -26,19 +28,59 @@ from .layout import (
     VIEW_TAPS_IN_COLUMNS,
     VIEW_TAPS_IN_ROWS,
     VIEW_WIDTH,
+    field,
+    int32_columns,
     side,
     tap_offset,
 )
 
+# One row per tile of one dL/dA_u. `row`, `column`, `block` and `tap` say where it is stored; the runs from `first_run`
+# on read R as it is stored, at `r_row` of `residual`, those from `middle_run` to `last_run` read it transposed, at
+# `t_row` and `t_column`. A begins at `a_row` and `a_column` of `planes`. `contracted` rows of A are summed over.
+GRAD = int32_columns(
+    "layer block row column tap first_run middle_run last_run r_row t_row t_column a_row a_column panel_rows "
+    "contracted",
+    width=16,
+)
+# What one loop contracts: a rectangle of taps, from its index `first` to `last`, in lines of `width`. R and A begin at
+# `_base` and lie `_line` and `_tap` rows further for every line and tap. runs.py makes them.
+RUN = int32_columns("first last width r_base r_line r_tap a_base a_line a_tap", width=12)
+GRAD_WIDTH = tl.constexpr(GRAD.itemsize // 4)
+RUN_LENGTH = tl.constexpr(RUN.itemsize // 4)
+TILE_LAYER = field(GRAD, "layer")
+TILE_BLOCK = field(GRAD, "block")
+TILE_ROW = field(GRAD, "row")
+TILE_COLUMN = field(GRAD, "column")
+TILE_TAP = field(GRAD, "tap")
+TILE_FIRST_RUN = field(GRAD, "first_run")
+TILE_MIDDLE_RUN = field(GRAD, "middle_run")
+TILE_LAST_RUN = field(GRAD, "last_run")
+TILE_R_ROW = field(GRAD, "r_row")
+TILE_T_ROW = field(GRAD, "t_row")
+TILE_T_COLUMN = field(GRAD, "t_column")
+TILE_A_ROW = field(GRAD, "a_row")
+TILE_A_COLUMN = field(GRAD, "a_column")
+TILE_PANEL_ROWS = field(GRAD, "panel_rows")
+TILE_CONTRACTED = field(GRAD, "contracted")
+RUN_FIRST = field(RUN, "first")
+RUN_LAST = field(RUN, "last")
+RUN_WIDTH = field(RUN, "width")
+RUN_R_BASE = field(RUN, "r_base")
+RUN_R_LINE = field(RUN, "r_line")
+RUN_R_TAP = field(RUN, "r_tap")
+RUN_A_BASE = field(RUN, "a_base")
+RUN_A_LINE = field(RUN, "a_line")
+RUN_A_TAP = field(RUN, "a_tap")
+
 
 @triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it can be any element of a tensor
 def _grad_kernel(
-    residual,  # (rows, 128): boxes of (ROWS, DEPTH), or a pointer
+    residual,  # (rows, RESIDUAL_PANEL): boxes of (ROWS, DEPTH), or a pointer
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
-    hi,  # (rows, 256): boxes of (DEPTH, COLUMNS)
+    hi,  # (rows, PANEL): boxes of (DEPTH, COLUMNS)
     out,  # float32: what the views' addresses are relative to, unless they are added to
-    tiles,  # int32 (tiles, 16), see Plan._grad_rows
-    runs,  # int32 (runs, 12), see plan._append_runs
+    tiles,  # int32 (tiles, GRAD_WIDTH)
+    runs,  # int32 (runs, RUN_LENGTH)
     views,  # int64 (layers, VIEW_WIDTH), see layout.py
     coefficients,  # float64 (layers,)
     grad_output,  # one float32
@@ -50,56 +92,63 @@ def _grad_kernel(
     TMA: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add scale * gradient to what is there; else store grad_output * gradient
 ):
-    tile = tiles + tl.program_id(0) * 16
-    first_run = tl.load(tile + 5)
-    middle_run = tl.load(tile + 6)
-    last_run = tl.load(tile + 7)
-    r_row = tl.load(tile + 8)
-    t_row = tl.load(tile + 9)
-    t_column = tl.multiple_of(tl.load(tile + 10), ROWS)
-    a_row = tl.load(tile + 11)
-    a_column = tl.multiple_of(tl.load(tile + 12), COLUMNS)
-    panel_rows = tl.load(tile + 13)
-    steps = tl.load(tile + 14) // DEPTH
+    tile = tiles + tl.program_id(0) * GRAD_WIDTH
+    first_run = tl.load(tile + TILE_FIRST_RUN)
+    middle_run = tl.load(tile + TILE_MIDDLE_RUN)
+    last_run = tl.load(tile + TILE_LAST_RUN)
+    r_row = tl.load(tile + TILE_R_ROW)
+    t_row = tl.load(tile + TILE_T_ROW)
+    t_column = tl.multiple_of(tl.load(tile + TILE_T_COLUMN), ROWS)
+    a_row = tl.load(tile + TILE_A_ROW)
+    a_column = tl.multiple_of(tl.load(tile + TILE_A_COLUMN), COLUMNS)
+    panel_rows = tl.load(tile + TILE_PANEL_ROWS)
+    steps = tl.load(tile + TILE_CONTRACTED) // DEPTH
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for index in tl.range(first_run, middle_run):
-        run = runs + index * 12
-        width = tl.load(run + 2)
-        r_base = r_row + tl.load(run + 3)
-        r_line = tl.load(run + 4)
-        r_tap = tl.load(run + 5)
-        a_base = a_row + tl.load(run + 6)
-        a_line = tl.load(run + 7)
-        a_tap = tl.load(run + 8)
-        for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
+        run = runs + index * RUN_LENGTH
+        width = tl.load(run + RUN_WIDTH)
+        r_base = r_row + tl.load(run + RUN_R_BASE)
+        r_line = tl.load(run + RUN_R_LINE)
+        r_tap = tl.load(run + RUN_R_TAP)
+        a_base = a_row + tl.load(run + RUN_A_BASE)
+        a_line = tl.load(run + RUN_A_LINE)
+        a_tap = tl.load(run + RUN_A_TAP)
+        for it in tl.range(tl.load(run + RUN_FIRST) * steps, tl.load(run + RUN_LAST) * steps):
             tap = it // steps
             step = it % steps
-            r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + step // (128 // DEPTH) * panel_rows
-            r_column = step % (128 // DEPTH) * DEPTH
+            r_at = (
+                r_base
+                + (tap // width) * r_line
+                + (tap % width) * r_tap
+                + step // (RESIDUAL_PANEL // DEPTH) * panel_rows
+            )
+            r_column = step % (RESIDUAL_PANEL // DEPTH) * DEPTH
             a_at = a_base + (tap // width) * a_line + (tap % width) * a_tap + step * DEPTH
             if TMA:
                 left = residual.load([r_at, r_column])
                 right = hi.load([a_at, a_column])
             else:
-                left = tl.load(residual + r_at.to(tl.int64) * 128 + r_column + r[:, None] * 128 + k[None, :])
-                right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
+                left = tl.load(
+                    residual + r_at.to(tl.int64) * RESIDUAL_PANEL + r_column + r[:, None] * RESIDUAL_PANEL + k[None, :]
+                )
+                right = tl.load(hi + a_at.to(tl.int64) * PANEL + a_column + k[:, None] * PANEL + c[None, :])
             if IEEE:
                 acc = tl.dot(left, right, acc, input_precision="ieee")
             else:
                 acc = tl.dot(left, right, acc)
     for index in tl.range(middle_run, last_run):
-        run = runs + index * 12
-        width = tl.load(run + 2)
-        r_base = t_row + tl.load(run + 3)
-        r_line = tl.load(run + 4)
-        r_tap = tl.load(run + 5)
-        a_base = a_row + tl.load(run + 6)
-        a_line = tl.load(run + 7)
-        a_tap = tl.load(run + 8)
-        for it in tl.range(tl.load(run) * steps, tl.load(run + 1) * steps):
+        run = runs + index * RUN_LENGTH
+        width = tl.load(run + RUN_WIDTH)
+        r_base = t_row + tl.load(run + RUN_R_BASE)
+        r_line = tl.load(run + RUN_R_LINE)
+        r_tap = tl.load(run + RUN_R_TAP)
+        a_base = a_row + tl.load(run + RUN_A_BASE)
+        a_line = tl.load(run + RUN_A_LINE)
+        a_tap = tl.load(run + RUN_A_TAP)
+        for it in tl.range(tl.load(run + RUN_FIRST) * steps, tl.load(run + RUN_LAST) * steps):
             tap = it // steps
             depth = it % steps * DEPTH
             r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + depth
@@ -108,14 +157,20 @@ def _grad_kernel(
                 left = residual_t.load([r_at, t_column]).T
                 right = hi.load([a_at, a_column])
             else:
-                left = tl.load(residual_t + r_at.to(tl.int64) * 128 + t_column + r[:, None] + k[None, :] * 128)
-                right = tl.load(hi + a_at.to(tl.int64) * 256 + a_column + k[:, None] * 256 + c[None, :])
+                left = tl.load(
+                    residual_t
+                    + r_at.to(tl.int64) * RESIDUAL_PANEL
+                    + t_column
+                    + r[:, None]
+                    + k[None, :] * RESIDUAL_PANEL
+                )
+                right = tl.load(hi + a_at.to(tl.int64) * PANEL + a_column + k[:, None] * PANEL + c[None, :])
             if IEEE:
                 acc = tl.dot(left, right, acc, input_precision="ieee")
             else:
                 acc = tl.dot(left, right, acc)
 
-    layer = tl.load(tile)
+    layer = tl.load(tile + TILE_LAYER)
     factor = 2.0 * tl.load(coefficients + layer)
     if ACCUMULATE:
         factor *= scale
@@ -127,10 +182,10 @@ def _grad_kernel(
     address = tl.load(view + VIEW_ADDRESS)
     if not ACCUMULATE:
         address += out.to(tl.int64)
-    block = tl.load(tile + 1)
-    row = tl.load(tile + 2)
-    column = tl.load(tile + 3)
-    start = tap_offset(tl.load(tile + 4), view).to(tl.int64)
+    block = tl.load(tile + TILE_BLOCK)
+    row = tl.load(tile + TILE_ROW)
+    column = tl.load(tile + TILE_COLUMN)
+    start = tap_offset(tl.load(tile + TILE_TAP), view).to(tl.int64)
     sticks_out = (row + ROWS > tl.load(view + VIEW_ROWS)) | (column + COLUMNS > tl.load(view + VIEW_COLUMNS))
     path = tl.where(sticks_out, 0, tl.load(view + VIEW_PATH))
     start += tl.where(
@@ -167,7 +222,7 @@ def _store_whole(acc, at, step, ROWS_FIRST: tl.constexpr, ACCUMULATE: tl.constex
             tile = at + step * r[:, None] + c[None, :]
             values = acc
         if ACCUMULATE:
-            values += tl.load(tile)
+            values += tl.load(tile + TILE_LAYER)
         tl.store(tile, values)
 
 

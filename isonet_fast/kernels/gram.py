@@ -13,36 +13,66 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .layout import PANEL, RESIDUAL_PANEL, field, int32_columns
+
+# One row per tile. A rectangle of overlapping taps is `depth` x `height` x `width`; its first pair is in rows `a_row`
+# and `b_row` of `planes`, and a step along each side is so many rows further. `columns` are contracted. `out` and
+# `mirror` are the places of the tile and of its transpose in `residual` (mirror_row -1: none). 1 is subtracted from
+# the first `ones` diagonal entries; the tile's square sum counts `halves` times one half.
+GRAM = int32_columns(
+    "partial layer a_row b_row depth height width depth_step height_step width_step panel_rows columns "
+    "out_row out_column mirror_row mirror_column ones halves",
+    width=20,
+)
+GRAM_WIDTH = tl.constexpr(GRAM.itemsize // 4)
+TILE_PARTIAL = field(GRAM, "partial")
+TILE_A_ROW = field(GRAM, "a_row")
+TILE_B_ROW = field(GRAM, "b_row")
+TILE_DEPTH = field(GRAM, "depth")
+TILE_HEIGHT = field(GRAM, "height")
+TILE_WIDTH = field(GRAM, "width")
+TILE_DEPTH_STEP = field(GRAM, "depth_step")
+TILE_HEIGHT_STEP = field(GRAM, "height_step")
+TILE_WIDTH_STEP = field(GRAM, "width_step")
+TILE_PANEL_ROWS = field(GRAM, "panel_rows")
+TILE_COLUMNS = field(GRAM, "columns")
+TILE_OUT_ROW = field(GRAM, "out_row")
+TILE_OUT_COLUMN = field(GRAM, "out_column")
+TILE_MIRROR_ROW = field(GRAM, "mirror_row")
+TILE_MIRROR_COLUMN = field(GRAM, "mirror_column")
+TILE_ONES = field(GRAM, "ones")
+TILE_HALVES = field(GRAM, "halves")
+
 
 @triton.jit
 def _gram_kernel(
-    hi,  # bf16 (rows, 256), a descriptor or a pointer; float32 if there is one plane
+    hi,  # bf16 (rows, PANEL), a descriptor or a pointer; float32 if there is one plane
     lo,  # A - hi, the same
-    residual,  # (rows, 128)
+    residual,  # (rows, RESIDUAL_PANEL)
     partials,  # float32, one per tile
-    tiles,  # int32 (tiles, 20), see Plan._gram_rows
+    tiles,  # int32 (tiles, GRAM_WIDTH)
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     PRODUCTS: tl.constexpr,  # 3 of two bf16 planes, or 1 of IEEE float32
     TMA: tl.constexpr,
     SAVE: tl.constexpr,  # whether a backward will want R
 ):
-    tile = tiles + tl.program_id(0) * 20
-    partial = tl.load(tile)
-    a_row = tl.load(tile + 2)
-    b_row = tl.load(tile + 3)
-    depth = tl.load(tile + 4)
-    height = tl.load(tile + 5)
-    width = tl.load(tile + 6)
-    depth_step = tl.load(tile + 7)
-    height_step = tl.load(tile + 8)
-    width_step = tl.load(tile + 9)
-    panel_rows = tl.load(tile + 10)
-    chunks = tl.load(tile + 11) // CHUNK
+    tile = tiles + tl.program_id(0) * GRAM_WIDTH
+    partial = tl.load(tile + TILE_PARTIAL)
+    a_row = tl.load(tile + TILE_A_ROW)
+    b_row = tl.load(tile + TILE_B_ROW)
+    depth = tl.load(tile + TILE_DEPTH)
+    height = tl.load(tile + TILE_HEIGHT)
+    width = tl.load(tile + TILE_WIDTH)
+    depth_step = tl.load(tile + TILE_DEPTH_STEP)
+    height_step = tl.load(tile + TILE_HEIGHT_STEP)
+    width_step = tl.load(tile + TILE_WIDTH_STEP)
+    panel_rows = tl.load(tile + TILE_PANEL_ROWS)
+    chunks = tl.load(tile + TILE_COLUMNS) // CHUNK
     r = tl.arange(0, BLOCK)
     c = tl.arange(0, BLOCK)
     k = tl.arange(0, CHUNK)
-    inside = r[:, None] * 256 + k[None, :]
+    inside = r[:, None] * PANEL + k[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     # Tensor cores truncate as they add: the small products get accumulators of their own
     acc_hl = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -53,16 +83,16 @@ def _gram_kernel(
         chunk = it % chunks
         line = tap // width
         row = (line // height) * depth_step + (line % height) * height_step + (tap % width) * width_step
-        row += chunk // (256 // CHUNK) * panel_rows
-        column = chunk % (256 // CHUNK) * CHUNK
+        row += chunk // (PANEL // CHUNK) * panel_rows
+        column = chunk % (PANEL // CHUNK) * CHUNK
         if TMA:
             a_hi = hi.load([a_row + row, column])
             b_hi = hi.load([b_row + row, column])
             a_lo = lo.load([a_row + row, column])
             b_lo = lo.load([b_row + row, column])
         else:
-            a_at = (a_row + row).to(tl.int64) * 256 + column
-            b_at = (b_row + row).to(tl.int64) * 256 + column
+            a_at = (a_row + row).to(tl.int64) * PANEL + column
+            b_at = (b_row + row).to(tl.int64) * PANEL + column
             a_hi = tl.load(hi + a_at + inside)
             b_hi = tl.load(hi + b_at + inside)
             if PRODUCTS == 3:
@@ -80,15 +110,17 @@ def _gram_kernel(
             acc = tl.dot(a_hi, b_hi.T, acc)
     if PRODUCTS == 3:
         acc += acc_hl + acc_lh
-    ones = tl.load(tile + 16)
+    ones = tl.load(tile + TILE_ONES)
     acc -= tl.where((r[:, None] == c[None, :]) & (r[:, None] < ones), 1.0, 0.0)
-    halves = tl.load(tile + 17).to(tl.float32)
+    halves = tl.load(tile + TILE_HALVES).to(tl.float32)
     tl.store(partials + partial, 0.5 * halves * tl.sum(acc * acc))
     if SAVE:
         out = acc.to(residual.dtype.element_ty)
-        at = tl.load(tile + 12).to(tl.int64) * 128 + tl.multiple_of(tl.load(tile + 13), BLOCK)
-        tl.store(residual + at + r[:, None] * 128 + c[None, :], out)
-        mirror_row = tl.load(tile + 14)
+        at = tl.load(tile + TILE_OUT_ROW).to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(
+            tl.load(tile + TILE_OUT_COLUMN), BLOCK
+        )
+        tl.store(residual + at + r[:, None] * RESIDUAL_PANEL + c[None, :], out)
+        mirror_row = tl.load(tile + TILE_MIRROR_ROW)
         if mirror_row >= 0:  # G_0 is symmetric: the other triangle is stored, not computed
-            at = mirror_row.to(tl.int64) * 128 + tl.multiple_of(tl.load(tile + 15), BLOCK)
-            tl.store(residual + at + c[:, None] * 128 + r[None, :], out.T)
+            at = mirror_row.to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(tl.load(tile + TILE_MIRROR_COLUMN), BLOCK)
+            tl.store(residual + at + c[:, None] * RESIDUAL_PANEL + r[None, :], out.T)

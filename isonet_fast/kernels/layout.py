@@ -1,7 +1,7 @@
-"""Where the elements of a tap matrix lie in a weight (or its gradient), whatever its strides, dtype and groups.
+"""The matrices that the kernels share, and where the elements of a weight (or its gradient) lie in memory.
 
-A *view* is one row of int64 per layer; the pack kernel reads weights through it, the grad kernel writes gradients
-through it. tables.py makes them.
+A *view* is one row of int64 per layer, for any strides, dtype and groups. The pack kernel reads weights through it, the
+grad kernel writes gradients through it. tables.py makes them. The tables of tiles are described beside their kernels.
 """
 
 # mypy: allow-untyped-defs
@@ -11,6 +11,9 @@ from __future__ import annotations
 import numpy as np
 import triton
 import triton.language as tl
+
+PANEL = tl.constexpr(256)  # columns of `planes`: the widest gradient tile reads one box
+RESIDUAL_PANEL = tl.constexpr(128)  # columns of `residual`: the highest gradient tile reads one box, transposed too
 
 VIEW = np.dtype(  # strides count elements
     [
@@ -33,25 +36,33 @@ VIEW = np.dtype(  # strides count elements
 )
 
 
-def _place(name: str) -> tl.constexpr:
-    return tl.constexpr(VIEW.fields[name][1] // 8)  # type: ignore[index]
+def field(table: np.dtype, name: str) -> tl.constexpr:
+    """The number of a named column, as kernels add it to the address of a row of int32 (int64 in a view)."""
+    size = 8 if table is VIEW else 4
+    return tl.constexpr(table.fields[name][1] // size)  # type: ignore[index]
+
+
+def int32_columns(names: str, width: int) -> np.dtype:
+    """A table of int32 with these columns, filled up to a row of `width`."""
+    fields = [(name, np.int32) for name in names.split()]
+    return np.dtype([*fields, ("unused", np.int32, width - len(fields))] if len(fields) < width else fields)
 
 
 VIEW_WIDTH = tl.constexpr(VIEW.itemsize // 8)
-VIEW_ADDRESS = _place("address")
-VIEW_GROUP_STRIDE = _place("group_stride")
-VIEW_ROW_STRIDE = _place("row_stride")
-VIEW_COLUMN_STRIDE = _place("column_stride")
-VIEW_TAP_STRIDES = _place("tap_strides")
-VIEW_DTYPE = _place("dtype")
-VIEW_PATH = _place("path")
-VIEW_ROWS = _place("rows")
-VIEW_COLUMNS = _place("columns")
-VIEW_MERGED = _place("merged")
-VIEW_GROUPS = _place("groups")
-VIEW_TAPS_IN_ROWS = _place("taps_in_rows")
-VIEW_TAPS_IN_COLUMNS = _place("taps_in_columns")
-VIEW_KERNEL = _place("kernel")
+VIEW_ADDRESS = field(VIEW, "address")
+VIEW_GROUP_STRIDE = field(VIEW, "group_stride")
+VIEW_ROW_STRIDE = field(VIEW, "row_stride")
+VIEW_COLUMN_STRIDE = field(VIEW, "column_stride")
+VIEW_TAP_STRIDES = field(VIEW, "tap_strides")
+VIEW_DTYPE = field(VIEW, "dtype")
+VIEW_PATH = field(VIEW, "path")
+VIEW_ROWS = field(VIEW, "rows")
+VIEW_COLUMNS = field(VIEW, "columns")
+VIEW_MERGED = field(VIEW, "merged")
+VIEW_GROUPS = field(VIEW, "groups")
+VIEW_TAPS_IN_ROWS = field(VIEW, "taps_in_rows")
+VIEW_TAPS_IN_COLUMNS = field(VIEW, "taps_in_columns")
+VIEW_KERNEL = field(VIEW, "kernel")
 
 
 @triton.jit

@@ -19,8 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..flat import Flat, lay_out
 from ..geometry import Layer
-from . import plan as planning
-from . import tiles
+from . import packed, tiles
 from .finish import _finish_kernel
 from .grad import _grad_kernel
 from .gram import _gram_kernel
@@ -94,7 +93,7 @@ def saved_like(
 ) -> list[Tensor]:
     """Empty tensors of the shapes of `saved`: the hi plane and the residuals."""
     dtype = torch.bfloat16 if precision is None else torch.float32
-    return [weights[0].new_empty(shape, dtype=dtype) for shape in planning.shapes(layers, offsets, precision)]
+    return [weights[0].new_empty(shape, dtype=dtype) for shape in packed.shapes(layers, offsets, precision)]
 
 
 def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], *problem: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .layout import (
+    PANEL,
     VIEW_ADDRESS,
     VIEW_COLUMN_STRIDE,
     VIEW_COLUMNS,
@@ -28,44 +29,59 @@ from .layout import (
     VIEW_TAPS_IN_COLUMNS,
     VIEW_TAPS_IN_ROWS,
     VIEW_WIDTH,
+    field,
+    int32_columns,
     side,
     tap_offset,
 )
 
+# One row per piece of one layer's block: its first row and column, its place in `planes` at tap 0, and how many rows
+# further the next tap is.
+PACK = int32_columns("layer block row column out_row out_column taps tap_rows", width=8)
+PACK_WIDTH = tl.constexpr(PACK.itemsize // 4)
+TILE_LAYER = field(PACK, "layer")
+TILE_BLOCK = field(PACK, "block")
+TILE_ROW = field(PACK, "row")
+TILE_COLUMN = field(PACK, "column")
+TILE_OUT_ROW = field(PACK, "out_row")
+TILE_OUT_COLUMN = field(PACK, "out_column")
+TILE_TAPS = field(PACK, "taps")
+TILE_TAP_ROWS = field(PACK, "tap_rows")
+
 
 @triton.jit
 def _pack_kernel(
-    hi,  # (rows, 256): bf16, or float32 if there is one plane
+    hi,  # (rows, PANEL): bf16, or float32 if there is one plane
     lo,
-    tiles,  # int32 (tiles, 8), see Plan._pack_rows
+    tiles,  # int32 (tiles, PACK_WIDTH)
     views,  # int64 (layers, VIEW_WIDTH), see layout.py
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    tile = tiles + tl.program_id(0) * 8
-    view = views + tl.load(tile) * VIEW_WIDTH
-    block = tl.load(tile + 1)
-    taps = tl.load(tile + 6)
-    tap_rows = tl.load(tile + 7).to(tl.int64)
+    tile = tiles + tl.program_id(0) * PACK_WIDTH
+    view = views + tl.load(tile + TILE_LAYER) * VIEW_WIDTH
+    block = tl.load(tile + TILE_BLOCK)
+    taps = tl.load(tile + TILE_TAPS)
+    tap_rows = tl.load(tile + TILE_TAP_ROWS).to(tl.int64)
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    out = tl.load(tile + 4).to(tl.int64) * 256 + tl.multiple_of(tl.load(tile + 5), COLUMNS)
-    out = out + r[:, None] * 256 + c[None, :]
+    out = tl.load(tile + TILE_OUT_ROW).to(tl.int64) * PANEL + tl.multiple_of(tl.load(tile + TILE_OUT_COLUMN), COLUMNS)
+    out = out + r[:, None] * PANEL + c[None, :]
 
     address = tl.load(view + VIEW_ADDRESS)
     dtype = tl.load(view + VIEW_DTYPE)
     rows_first = tl.load(view + VIEW_PATH) == 2
     merged = tl.load(view + VIEW_MERGED).to(tl.int32)
     row_group, row_offset = side(
-        tl.load(tile + 2) + r,
+        tl.load(tile + TILE_ROW) + r,
         tl.load(view + VIEW_ROWS),
         tl.load(view + VIEW_TAPS_IN_ROWS),
         tl.load(view + VIEW_ROW_STRIDE),
         view,
     )
     column_group, column_offset = side(
-        tl.load(tile + 3) + c,
+        tl.load(tile + TILE_COLUMN) + c,
         tl.load(view + VIEW_COLUMNS),
         tl.load(view + VIEW_TAPS_IN_COLUMNS),
         tl.load(view + VIEW_COLUMN_STRIDE),
@@ -97,4 +113,4 @@ def _pack_kernel(
             tl.store(lo + out, (w - w_hi.to(tl.float32)).to(tl.bfloat16))
         else:
             tl.store(hi + out, w)
-        out += tap_rows * 256
+        out += tap_rows * PANEL

@@ -28,7 +28,7 @@ def capturing(device: torch.device) -> bool:
 
 
 class Table:
-    """A host array on the device, usable on any stream."""
+    """A host array on the device, usable on any stream. Named columns become those of a matrix."""
 
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         if capturing(device):
@@ -36,7 +36,7 @@ class Table:
                 "the orthogonality penalty met something new while a CUDA graph was captured; call it once with the "
                 "same weights, coefficients and precision before the capture"
             )
-        host = torch.from_numpy(array)
+        host = torch.from_numpy(_numbers(array))
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
             self.tensor = host.pin_memory().to(device, non_blocking=True)
@@ -57,6 +57,13 @@ class Table:
             self.tensor.record_stream(stream)
             self.streams.add(stream.cuda_stream)
         return self.tensor
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    if array.dtype.names is None:
+        return array
+    number = np.int64 if array.dtype == VIEW else np.int32
+    return array.view(number).reshape(len(array), array.dtype.itemsize // np.dtype(number).itemsize)
 
 
 _captured: dict[int, Table] = {}  # tables that a CUDA graph reads
@@ -149,7 +156,7 @@ class Tables:
         """The view of tensors at these addresses, on the device."""
         rows["address"] = addresses
         self._choose_path(rows, reading)
-        return Table(rows.view(np.int64).reshape(len(rows), -1), self.device)
+        return Table(rows, self.device)
 
     def _choose_path(self, rows: np.ndarray, reading: bool) -> None:
         """Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where a side is

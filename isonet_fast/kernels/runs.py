@@ -1,0 +1,77 @@
+"""What the gradient of one tap contracts, as rectangles of taps that the kernel walks with arithmetic.
+
+The half of T that is needed is in lexicographic order, so for whole layers an offset's index is affine in the taps and
+one run serves each of the kernel's loops. A table read in them would cost a pipeline stage.
+"""
+
+from __future__ import annotations
+
+from .packed import Packed
+
+
+def append_runs(p: Packed, u: tuple[int, ...], runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
+    """Append what the gradient of tap u contracts, rows of `grad.RUN`.
+
+    Returns the first run, the first transposed one, and the one after the last.
+    """
+    first = len(runs)
+    direct, transposed = _whole_runs(p, u) if _is_whole(p) else _partial_runs(p, u)
+    runs += direct
+    middle = len(runs)
+    runs += transposed
+    return first, middle, len(runs)
+
+
+def _is_whole(p: Packed) -> bool:
+    """All offsets are here and lie in a plane: one run serves each direction."""
+    return p.offsets == p.layer.offsets and p.kernel[0] == 1
+
+
+def _whole_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
+    """Taps v with v - u in T form a lattice with u on it; those from u on are the direct run, those before it the
+    transposed one. The index of offset t is (line of t) * width of T + (column of t)."""
+    _, ky, kx = p.kernel
+    _, uy, ux = u
+    sy, sx = (1, 1, *p.layer.steps)[-2:]
+    offsets_wide = 2 * ((kx - 1) // sx) + 1
+    width = (kx - 1 - ux % sx) // sx + 1
+    lines = (ky - 1 - uy % sy) // sy + 1
+    here = (uy // sy) * width + ux // sx
+    at_u = ((uy // sy) * offsets_wide + ux // sx) * p.offset_rows
+    line, step = offsets_wide * p.offset_rows, p.offset_rows
+    a = ((uy % sy) * kx + ux % sx) * p.tap_rows, sy * kx * p.tap_rows, sx * p.tap_rows
+    direct = (here, lines * width, width, -at_u, line, step, *a)
+    transposed = (0, here, width, at_u, -line, -step, *a)
+    return [direct], [transposed] if here else []
+
+
+def _partial_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
+    """Any subset of the offsets, any dimension: maximal arithmetic progressions."""
+    _, ky, kx = p.kernel
+    found: tuple[list, list] = ([], [])
+    for index, t in enumerate(p.offsets):
+        t3 = (0,) * (3 - len(t)) + t
+        for transposed, sign in ((0, 1), (1, -1)):
+            if transposed and not any(t):
+                continue
+            v = tuple(ui + sign * ti for ui, ti in zip(u, t3, strict=True))
+            if all(0 <= vi < k for vi, k in zip(v, p.kernel, strict=True)):
+                tap = (v[0] * ky + v[1]) * kx + v[2]
+                found[transposed].append((index * p.offset_rows, tap * p.tap_rows))
+    return _progressions(found[0]), _progressions(found[1])
+
+
+def _progressions(pairs: list[tuple[int, int]]) -> list[tuple[int, ...]]:
+    runs: list[tuple[int, ...]] = []
+    at = 0
+    while at < len(pairs):
+        end = at + 1
+        step = (0, 0)
+        if end < len(pairs):
+            step = pairs[end][0] - pairs[at][0], pairs[end][1] - pairs[at][1]
+            while end < len(pairs) and (pairs[end][0] - pairs[end - 1][0], pairs[end][1] - pairs[end - 1][1]) == step:
+                end += 1
+        count = end - at
+        runs.append((0, count, count, pairs[at][0], 0, step[0], pairs[at][1], 0, step[1]))
+        at = end
+    return runs
