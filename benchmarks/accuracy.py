@@ -29,8 +29,9 @@ if not torch.cuda.is_available():
     triton_interpreter.repair()
 
 from isonet_fast import reference
-from isonet_fast.geometry import Layer, shard
+from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
+from isonet_fast.problem import Problem
 
 from . import rows
 
@@ -88,10 +89,10 @@ def emulated(weight: Tensor, layer: Layer, rounding: Rounding) -> tuple[float, T
 
 
 def kernels(weight: Tensor, layer: Layer, precision: str | None) -> tuple[float, Tensor]:
-    arguments = (layer,), (1.0,), precision, shard((layer,), 0, 1)
-    loss, _, saved = orthogonality.forward([weight], *arguments, True)
+    problem = Problem((layer,), (1.0,), precision)
+    loss, _, saved = orthogonality.forward([weight], problem, True)
     one = torch.ones((), device=weight.device)
-    return loss.item(), orthogonality.backward(one, saved, [weight], *arguments)[0]
+    return loss.item(), orthogonality.backward(one, saved, [weight], problem)[0]
 
 
 def near_orthogonal(channels: int, kernel: int, seed: int) -> Tensor:

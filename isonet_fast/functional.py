@@ -13,6 +13,7 @@ from .ops.residual_srelu import ResidualSReLU
 from .ops.srelu import SReLU
 from .penalty_arguments import FLOATS as _FLOATS
 from .penalty_arguments import check_penalty, check_precision, checked_layer, listed, per_layer
+from .problem import Problem
 
 
 def srelu(
@@ -120,7 +121,7 @@ def orthogonality_loss(
     layers = tuple(checked_layer(w, s, e, g, penalty) for w, s, e, g in zip(weights, *geometry, strict=True))
     for w in weights[1:]:
         _check_device("every weight", w, "the first", weights[0])
-    problem = _orthogonality.Problem(layers, (1.0,) * len(layers), precision)
+    problem = Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]
 
 

@@ -13,7 +13,21 @@ from functools import cached_property
 
 Offset = tuple[int, ...]
 
-PENALTIES = ("isonet", "lorth", "matrix")
+
+@dataclass(frozen=True)
+class Rule:
+    """What distinguishes one penalty from another."""
+
+    rows_are_outputs: bool = False  # always; else rows are the smaller side
+    constant: bool = False  # what no operator of the shape can avoid is subtracted
+    flatten: bool = False  # the kernel's taps count as columns: one tap
+
+
+PENALTIES = {
+    "isonet": Rule(),
+    "lorth": Rule(rows_are_outputs=True, constant=True),
+    "matrix": Rule(flatten=True),
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +45,15 @@ class Layer:
     penalty: str
 
     @property
+    def rule(self) -> Rule:
+        if self.penalty not in PENALTIES:
+            raise ValueError(f"penalty must be one of {tuple(PENALTIES)}, got {self.penalty!r}")
+        return PENALTIES[self.penalty]
+
+    @property
     def kernel(self) -> tuple[int, ...]:
-        """Taps per dimension; `matrix` flattens them into the columns and has a single tap."""
-        return () if self.penalty == "matrix" else self.shape[2:]
+        """Taps per dimension, none where the penalty flattens them into the columns."""
+        return () if self.rule.flatten else self.shape[2:]
 
     @property
     def taps(self) -> int:
@@ -51,14 +71,14 @@ class Layer:
     def transposed(self) -> bool:
         """Whether rows are inputs: the smaller side, where the penalty allows it.
 
-        `lorth` must take outputs unless the operator acts as an unstrided one, when both sides agree.
+        Where the operator acts as an unstrided one both sides agree up to the constant, so the smaller one serves.
         """
         outputs, inputs = self._sides
-        return inputs < outputs and (self.penalty != "lorth" or self._phases == 1)
+        return inputs < outputs and (not self.rule.rows_are_outputs or self._phases == 1)
 
     @property
     def _sides(self) -> tuple[int, int]:
-        inputs = math.prod(self.shape[1:]) if self.penalty == "matrix" else self.shape[1]
+        inputs = math.prod(self.shape[1:]) if self.rule.flatten else self.shape[1]
         return self.shape[0] // self.groups, inputs
 
     @property
@@ -80,7 +100,7 @@ class Layer:
     def constant(self) -> float:
         """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
         the operator has columns; 0 elsewhere)."""
-        if self.penalty != "lorth" or self.transposed:
+        if not self.rule.constant or self.transposed:
             return 0.0
         return self.groups * max(0, self.rows - self.columns * self._phases) / 2
 
@@ -110,11 +130,11 @@ class Layer:
         return 2 * self.groups * self.rows**2 * self.columns * self.overlap(offset)
 
 
-def shard(layers: tuple[Layer, ...], index: int, count: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def split_work(layers: tuple[Layer, ...], index: int, count: int) -> tuple[tuple[Offset, ...], ...]:
     """The offsets of each layer that rank `index` of `count` computes: (layer, offset) units, balanced by FLOPs.
 
     Longest unit first, each to the rank with the least work so far: the same split on every rank without
-    communication. `shard(layers, 0, 1)` is everything.
+    communication. `split_work(layers, 0, 1)` is everything.
     """
     if count == 1:
         return tuple(layer.offsets for layer in layers)

@@ -56,8 +56,11 @@ def orthogonality_loss(
       the minimum 0 for every shape (after Achour et al., JMLR 2022).
     - "matrix": the kernel flattened to (O/g, I/g prod k), as inputs if that is the smaller side; T = {0}; c = 0.
 
-    A list of weights takes lists of stride, dilation and groups too (an int or a tuple serves every weight).
+    A list of weights takes lists of stride, dilation and groups too (an int or a tuple serves every weight). Raises
+    ValueError for another penalty.
     """
+    if penalty not in ("isonet", "lorth", "matrix"):
+        raise ValueError(f"penalty must be 'isonet', 'lorth' or 'matrix', got {penalty!r}")
     if isinstance(weights, Tensor):
         return _layer_loss(weights, stride, dilation, groups, penalty)
     geometry = [v if isinstance(v, list) else [v] * len(weights) for v in (stride, dilation, groups)]

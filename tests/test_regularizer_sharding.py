@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, geometry, reference, regularizer
 from isonet_fast.ops import orthogonality
 from isonet_fast.penalty_arguments import checked_layer
+from isonet_fast.problem import Problem
 
 DOUBLE = torch.float64
 
@@ -100,7 +101,7 @@ def test_problems_of_the_ranks_add_up(ranks):
     )
     totals, gradients, accumulated, unweighted = [], [], [], torch.zeros(4, dtype=DOUBLE)
     for rank in range(ranks):
-        problem = orthogonality.Problem(layers, (0.1 * ranks,) * 4, None, (rank, ranks))
+        problem = Problem(layers, (0.1 * ranks,) * 4, None, (rank, ranks))
         total, losses = orthogonality.loss(weights, problem)
         totals.append(total.item())
         unweighted += losses
@@ -121,7 +122,7 @@ def test_units_are_split_without_loss_or_repetition_and_evenly(ranks):
         checked_layer(torch.empty(shape), stride, 1, 1, "isonet")
         for shape, stride in [((64, 64, 3, 3), 1), ((128, 64, 3, 3), 2), ((128, 128, 3, 3), 1), ((32, 32, 1, 1), 1)]
     )
-    shares = [geometry.shard(layers, rank, ranks) for rank in range(ranks)]
+    shares = [geometry.split_work(layers, rank, ranks) for rank in range(ranks)]
     for n, one in enumerate(layers):
         assert sorted(t for share in shares for t in share[n]) == sorted(one.offsets)
     work = [sum(one.gram_flops(t) for one, ts in zip(layers, share) for t in ts) for share in shares]

@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .. import reference
-from ..geometry import Layer, shard
+from ..geometry import Layer
+from ..problem import Problem
 
 PROBED = ((128, 256, 3, 3), (64, 64, 3, 3))
 GRADIENT_TOLERANCE = 2e-2  # bfloat16 products are off by 5e-3
@@ -17,7 +18,7 @@ _reasons: dict[torch.device, str | None] = {}
 def unavailable(device: torch.device) -> str | None:
     """Why the Triton kernels can't serve this device, or None. The first question launches the kernels once.
 
-    Raises torch.cuda.OutOfMemoryError where that finds no memory: it would say nothing of the next time.
+    Raises torch.cuda.OutOfMemoryError if the launch runs out of memory. That is not kept: a later call may succeed.
     """
     if device.type != "cuda":
         return f"the Triton kernels need a CUDA device, not {device.type}"
@@ -61,10 +62,10 @@ def _launch(device: torch.device) -> str | None:
     layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in PROBED)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(layer.shape, generator=generator) / layer.columns**0.5 for layer in layers]
-    arguments = layers, (1.0,) * len(layers), None, shard(layers, 0, 1)
+    problem = Problem(layers, (1.0,) * len(layers))
     there = [weight.to(device) for weight in weights]
-    loss, losses, saved = orthogonality.forward(there, *arguments, True)
-    grads = orthogonality.backward(torch.ones_like(loss), saved, there, *arguments)
+    loss, losses, saved = orthogonality.forward(there, problem, True)
+    grads = orthogonality.backward(torch.ones_like(loss), saved, there, problem)
     for layer, weight, penalty, grad in zip(layers, weights, losses.tolist(), grads, strict=True):
         with torch.enable_grad():
             wanted = reference.orthogonality_loss(weight.requires_grad_())

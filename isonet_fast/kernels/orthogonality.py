@@ -9,7 +9,6 @@ planes and residuals belong to the call. A CUDA graph can capture a call once a 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,51 +17,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..flat import Flat, lay_out
-from ..geometry import Layer
+from ..problem import Problem
 from . import packed, tiles
 from .finish import _finish_kernel
 from .grad import _grad_kernel
 from .gram import _gram_kernel
 from .pack import _pack_kernel
+from .packed import RESIDUAL_PANEL
 from .plan import Plan
 from .tables import Tables
 
-Offsets = tuple[tuple[tuple[int, ...], ...], ...]
 
-
-@functools.lru_cache(maxsize=64)
-def plan(layers: tuple[Layer, ...], precision: str | None, offsets: Offsets, variant: str = "tma") -> Plan:
-    """The plan of these layers, made once; `Plan.summary()` says what each layer costs."""
-    return Plan(layers, offsets, precision, variant)
-
-
-class _Prepared:
-    """The tables of one plan on one device. Found by the identity of `layers` and `offsets`: hashing a hundred
-    layers at every call would take as long as launching the kernels."""
-
-    def __init__(self, layers: tuple[Layer, ...], offsets: Offsets, tables: Tables) -> None:
-        self.layers, self.offsets, self.tables = layers, offsets, tables
-
-
-_prepared: dict[tuple, _Prepared] = {}
-_tables: dict[tuple, Tables] = {}
-
-
-def _prepare(weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: str | None, offsets: Offsets) -> Tables:
-    device = weights[0].device
-    quick = id(layers), id(offsets), precision, device
-    found = _prepared.get(quick)
-    if found is not None and found.layers is layers and found.offsets is offsets:
-        return found.tables
-    key = layers, offsets, precision, device
-    if key not in _tables:
-        if len(_tables) >= 64:  # the oldest; what a CUDA graph reads is kept elsewhere
-            _tables.pop(next(iter(_tables)))
-        _tables[key] = Tables(plan(layers, precision, offsets, variant(device, precision)), device)
-    if len(_prepared) >= 64:  # callers that build their tuples anew
-        _prepared.clear()
-    _prepared[quick] = _Prepared(layers, offsets, _tables[key])
-    return _tables[key]
+def tables_of(problem: Problem, device: torch.device) -> Tables:
+    """The tables of a problem on one device. The problem keeps them."""
+    tables = problem.tables.get(device)
+    if tables is None:
+        tables = problem.tables[device] = Tables(Plan(problem, variant(device, problem.precision)), device)
+    return tables
 
 
 def variant(device: torch.device, precision: str | None) -> str:
@@ -74,67 +45,69 @@ def variant(device: torch.device, precision: str | None) -> str:
     return "tma"
 
 
-def forward(
-    weights: Sequence[Tensor],
-    layers: tuple[Layer, ...],
-    coefficients: tuple[float, ...],
-    precision: str | None,
-    offsets: Offsets,
-    save: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def forward(weights: Sequence[Tensor], problem: Problem, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`."""
-    tables = _prepare(weights, layers, precision, offsets)
-    with _on(tables.device) as stream:
-        return _forward(tables, weights, coefficients, save, stream)
+    tables = tables_of(problem, weights[0].device)
+    plan, device, launch = tables.plan, tables.device, tables.launches
+    split = plan.precision is None
+    dtype = torch.bfloat16 if split else torch.float32
+    with _on(device) as stream:
+        hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
+        lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
+        residual = torch.empty(plan.residual_shape if save else (1, RESIDUAL_PANEL), dtype=dtype, device=device)
+        partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
+        losses = torch.empty(len(weights), dtype=torch.float32, device=device)
+        loss = torch.empty((), dtype=torch.float32, device=device)
+        arguments: tuple
+        if len(plan.pack_tiles):
+            arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
+            launch("pack", _pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
+        for tile, table in tables.gram.items():
+            box = [tile.block, tile.chunk]
+            arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
+            options = tiles.gram_options(plan.variant, tile, save)
+            launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
+        arguments = (
+            loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
+            tables.coefficients.on(stream), len(weights), plan.longest_range,
+        )  # fmt: skip
+        launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
+    return loss, losses, [hi, residual] if save else []
 
 
-def saved_like(
-    weights: Sequence[Tensor], layers: tuple[Layer, ...], precision: str | None, offsets: Offsets
-) -> list[Tensor]:
+def saved_like(weights: Sequence[Tensor], problem: Problem) -> list[Tensor]:
     """Empty tensors of the shapes of `saved`: the hi plane and the residuals."""
-    dtype = torch.bfloat16 if precision is None else torch.float32
-    return [weights[0].new_empty(shape, dtype=dtype) for shape in packed.shapes(layers, offsets, precision)]
+    dtype = torch.bfloat16 if problem.precision is None else torch.float32
+    return [weights[0].new_empty(shape, dtype=dtype) for shape in packed.shapes(problem)]
 
 
-def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], *problem: Any) -> list[Tensor]:
+def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], problem: Problem) -> list[Tensor]:
     """grad_output * dloss/dW of every weight, in its dtype and strides: views of `backward_buffers`."""
-    return lay_out(weights).views(backward_buffers(grad_output, saved, weights, *problem))
+    return lay_out(weights).views(backward_buffers(grad_output, saved, weights, problem))
 
 
 def backward_buffers(
-    grad_output: Tensor,
-    saved: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    layers: tuple[Layer, ...],
-    coefficients: tuple[float, ...],
-    precision: str | None,
-    offsets: Offsets,
+    grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], problem: Problem
 ) -> list[Tensor]:
     """The gradients, a buffer per dtype of the weights (see flat.py)."""
-    tables = _prepare(weights, layers, precision, offsets)
+    tables = tables_of(problem, weights[0].device)
     with _on(tables.device) as stream:
-        layout, flat = _grad_to_flat(tables, weights, saved, coefficients, grad_output, stream)
+        layout, flat = _grad_to_flat(tables, weights, saved, grad_output, stream)
     return layout.buffers(flat)
 
 
 def accumulate_grad_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    layers: tuple[Layer, ...],
-    coefficients: tuple[float, ...],
-    precision: str | None,
-    offsets: Offsets,
-    scale: float,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
     """grads[l] += scale * coefficient * dpenalty/dW in place; returns the loss (without scale) and the penalties."""
-    tables = _prepare(weights, layers, precision, offsets)
+    tables = tables_of(problem, weights[0].device)
+    loss, losses, saved = forward(weights, problem, True)
     with _on(tables.device) as stream:
-        loss, losses, saved = _forward(tables, weights, coefficients, True, stream)
-        if [g.dtype for g in grads].count(torch.float32) == len(grads):
-            _grad(tables, saved, tables.view("add", grads, stream), coefficients, stream, scale=float(scale))
-        else:  # half precision: formed in float32, added with one rounding
+        if [g.dtype for g in grads].count(torch.float32) == len(grads) and not any(map(Tensor.is_neg, grads)):
+            _grad(tables, saved, tables.view("add", grads, stream), stream, scale=float(scale))
+        else:  # other dtypes: formed in float32, added with one rounding
             factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
-            layout, flat = _grad_to_flat(tables, weights, saved, coefficients, factor, stream)
+            layout, flat = _grad_to_flat(tables, weights, saved, factor, stream)
             for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
                 grad.add_(addend)
     return loss, losses
@@ -151,53 +124,23 @@ class _CurrentStream(torch.cuda.device):
         return torch.cuda.current_stream(self.idx)
 
 
-def _forward(
-    tables: Tables, weights: Sequence[Tensor], coefficients: tuple[float, ...], save: bool, stream: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    plan, device, launch = tables.plan, tables.device, tables.launches
-    split = plan.precision is None
-    dtype = torch.bfloat16 if split else torch.float32
-    hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
-    lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
-    residual = torch.empty(plan.residual_shape if save else (1, 128), dtype=dtype, device=device)
-    partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
-    losses = torch.empty(len(weights), dtype=torch.float32, device=device)
-    loss = torch.empty((), dtype=torch.float32, device=device)
-    arguments: tuple
-    if len(plan.pack_tiles):
-        arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
-        launch("pack", _pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
-    for tile, table in tables.gram.items():
-        box = [tile.block, tile.chunk]
-        arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
-        options = tiles.gram_options(plan.variant, tile, save)
-        launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
-    arguments = (
-        loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
-        tables.coefficients(coefficients).on(stream), len(weights), plan.longest_range,
-    )  # fmt: skip
-    launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
-    return loss, losses, [hi, residual] if save else []
-
-
 def _grad_to_flat(
-    tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], coefficients: tuple[float, ...],
-    factor: Tensor, stream: Any,
+    tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], factor: Tensor, stream: Any
 ) -> tuple[Flat, Tensor]:  # fmt: skip
     layout, view = tables.flat(weights)
     flat = torch.empty(layout.size, dtype=torch.float32, device=tables.device)
-    _grad(tables, saved, view.on(stream), coefficients, stream, flat=flat, grad_output=factor.float())
+    _grad(tables, saved, view.on(stream), stream, flat=flat, grad_output=factor.float())
     return layout, flat
 
 
 def _grad(
-    tables: Tables, saved: Sequence[Tensor], view: Tensor, coefficients: tuple[float, ...], stream: Any,
+    tables: Tables, saved: Sequence[Tensor], view: Tensor, stream: Any,
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """One launch per tile size, into `flat` (times grad_output) or added to what the view points at (times scale)."""
     plan, accumulate = tables.plan, flat is None
     hi, residual = saved
-    runs, factors = tables.runs.on(stream), tables.coefficients(coefficients).on(stream)
+    runs, factors = tables.runs.on(stream), tables.coefficients.on(stream)
     for tile, table in tables.grad.items():
         arguments = (
             _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),

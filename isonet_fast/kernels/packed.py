@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..geometry import Layer, Offset
+from ..problem import Problem
 from . import layout
 
 PANEL, RESIDUAL_PANEL = layout.PANEL.value, layout.RESIDUAL_PANEL.value
@@ -91,15 +92,17 @@ class Packed:
         return self.blocks * len(self.offsets) * self.offset_rows
 
 
-def lay_out(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]], precision: str | None) -> list[Packed]:
+def lay_out(problem: Problem) -> list[Packed]:
+    """Every layer after the one before it, with what this rank computes."""
     packed: list[Packed] = []
     plane = residual = 0
-    narrow = precision is None and _narrow_pays(layers, offsets)
-    for layer, ts in zip(layers, offsets, strict=True):
+    fast = problem.precision is None
+    narrow = fast and _narrow_pays(problem.layers, problem.offsets)
+    for layer, ts in zip(problem.layers, problem.offsets, strict=True):
         if math.prod(layer.shape) >= 2**31:
             raise ValueError(f"a weight of shape {layer.shape} has more elements than 32-bit offsets can name")
         one = Packed(layer, tuple(ts), False, plane, residual)
-        if precision is None and (not narrow or _suits_wide(one)):
+        if fast and (not narrow or _suits_wide(one)):
             one = Packed(layer, tuple(ts), True, plane, residual)
         packed.append(one)
         plane += one.plane_rows
@@ -125,11 +128,9 @@ def _narrow_pays(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]])
     return work[False] > 0.05 * work[True]
 
 
-def shapes(
-    layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]], precision: str | None
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def shapes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `planes` and `residual`; at least one tile of each, as a descriptor of nothing is illegal."""
-    packed = lay_out(layers, offsets, precision)
+    packed = lay_out(problem)
     planes = max(sum(p.plane_rows for p in packed), 128)
     residual = max(sum(p.residual_rows for p in packed), 128)
     return (planes, PANEL), (residual, RESIDUAL_PANEL)

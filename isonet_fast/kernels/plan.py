@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..geometry import Layer, Offset
+from ..geometry import Offset
+from ..problem import Problem
 from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
@@ -43,26 +44,20 @@ class Row(NamedTuple):
 
 
 class Plan:
-    """Every table of the launches for one list of layers; see the module's docstring for what they index."""
+    """Every table of the launches for one problem; the module's docstring says what they index."""
 
-    def __init__(
-        self,
-        layers: tuple[Layer, ...],
-        offsets: tuple[tuple[Offset, ...], ...],
-        precision: str | None,
-        variant: str,
-    ) -> None:
-        self.layers, self.offsets, self.precision = layers, offsets, precision
+    def __init__(self, problem: Problem, variant: str) -> None:
+        self.layers, self.coefficients, self.precision = problem.layers, problem.coefficients, problem.precision
         self.variant = VARIANTS[variant]
-        self.packed = lay_out(layers, offsets, precision)
-        self.planes_shape, self.residual_shape = shapes(layers, offsets, precision)
+        self.packed = lay_out(problem)
+        self.planes_shape, self.residual_shape = shapes(problem)
         self._gram_tile = [self._choose_gram(p) for p in self.packed]
         self._grad_tile = [self._choose_grad(p) for p in self.packed]
         # longest layers first, so that short ones fill the tail; a layer stays together, so that it stays in L2
-        self._order = sorted(range(len(layers)), key=lambda n: (-self._longest(n), n))
+        self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
         self.pack_tiles = _joined([self._pack_rows(n) for n in self._order], PACK)
         self.gram_tiles: dict[GramTile, np.ndarray] = {}
-        self.partial_ranges = np.zeros((len(layers), 2), np.int32)  # first partial of a layer, and how many
+        self.partial_ranges = np.zeros((len(self.layers), 2), np.int32)  # first partial of a layer, and how many
         self._plan_gram()
         self.grad_tiles: dict[GradTile, np.ndarray] = {}
         self._plan_grad()

@@ -51,7 +51,7 @@ class Table:
         if stream is None:
             return self.tensor
         if torch.cuda.is_current_stream_capturing():
-            _captured[id(self)] = self  # a graph may be replayed for ever; what came before the capture has completed
+            _captured.add(self)  # a graph may be replayed for ever; what came before the capture has completed
         elif stream.cuda_stream not in self.streams:
             stream.wait_event(self.sent)
             self.tensor.record_stream(stream)
@@ -66,7 +66,7 @@ def _numbers(array: np.ndarray) -> np.ndarray:
     return array.view(number).reshape(len(array), array.dtype.itemsize // np.dtype(number).itemsize)
 
 
-_captured: dict[int, Table] = {}  # tables that a CUDA graph reads
+_captured: set[Table] = set()  # tables that a CUDA graph reads
 
 
 class View(NamedTuple):
@@ -90,16 +90,11 @@ class Tables:
         self.runs = Table(plan.runs, device)
         self.ranges = Table(plan.partial_ranges, device)
         self.constants = Table(plan.constants, device)
+        self.coefficients = Table(np.array(plan.coefficients, np.float64), device)
         self.launches = Launches()
         self._static = _static_columns(plan)
-        self._coefficients: tuple[tuple[float, ...], Table] | None = None
         self._views: dict[str, View] = {}
         self._flat: tuple[Flat, Table] | None = None
-
-    def coefficients(self, values: tuple[float, ...]) -> Table:
-        if self._coefficients is None or self._coefficients[0] != values:
-            self._coefficients = values, Table(np.array(values, np.float64), self.device)
-        return self._coefficients[1]
 
     def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor:
         """The view of weights ("read") or of gradients ("add")."""

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import Layer
-
-Offset = tuple[int, ...]
+from ..geometry import Layer, Offset
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -57,7 +55,7 @@ def evaluate(
 def _pack(weight: Tensor, layer: Layer, dtype: torch.dtype) -> Tensor:
     """(O, I/g, k...) -> (g, M, k..., N): the taps of a row side by side."""
     taps = weight.to(dtype)
-    if layer.penalty == "matrix":
+    if layer.rule.flatten:
         taps = taps.flatten(1)
     taps = taps.unflatten(0, (layer.groups, -1))  # (g, O/g, I/g, k...)
     return (taps.movedim(2, 1) if layer.transposed else taps).movedim(2, -1)

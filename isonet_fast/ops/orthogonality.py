@@ -7,7 +7,6 @@ backward belongs to that call: two forwards before a backward are right.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..flat import lay_out
-from ..geometry import Layer, shard
+from ..problem import Problem, read
 from . import closed_form, small_layers
 from ._library import implement, library, ops
 
@@ -29,87 +28,6 @@ for _schema in (
     "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]",
 ):
     library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
-
-
-class Problem:
-    """What to compute, apart from the weights. Kept by its user: plans are found by the identity of its tuples.
-
-    part: (rank, number of ranks); a rank computes its share of the (layer, offset) units.
-    """
-
-    def __init__(
-        self,
-        layers: tuple[Layer, ...],
-        coefficients: tuple[float, ...],
-        precision: str | None = None,
-        part: tuple[int, int] = (0, 1),
-    ) -> None:
-        self.layers, self.coefficients, self.precision, self.part = layers, coefficients, precision, part
-        self._offsets: tuple | None = None
-        self._parts: list[tuple[list[int], Problem]] | None = None
-        self._small: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-        self._text: str | None = None
-
-    @property
-    def text(self) -> str:
-        """Everything but the weights and their shapes, one line per layer, as the ops take it. `_read` reads it."""
-        if self._text is None:
-            lines = [f"{self.precision or 'default'} {self.part[0]} {self.part[1]}"]
-            for layer, coefficient in zip(self.layers, self.coefficients, strict=True):
-                stride, dilation = "x".join(map(str, layer.stride)), "x".join(map(str, layer.dilation))
-                lines.append(f"{stride} {dilation} {layer.groups} {layer.penalty} {coefficient!r}")
-            self._text = "\n".join(lines)
-        return self._text
-
-    @property
-    def offsets(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Of each layer, what this rank computes."""
-        if self._offsets is None:
-            self._offsets = shard(self.layers, *self.part)
-        return self._offsets
-
-    def small(self, members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The plan of these layers (`small_layers.plan`)."""
-        key = tuple(members)
-        if key not in self._small:
-            self._small[key] = small_layers.plan([self.layers[n] for n in key], [self.offsets[n] for n in key])
-        return self._small[key]
-
-    @property
-    def parts(self) -> list[tuple[list[int], Problem]]:
-        """What is computed together: indices into the layers, and their problem.
-
-        The default precision suits residuals that vanish at the optimum. Where "lorth" has more rows than the operator
-        has columns they don't: R tends to a projector of size 1 whose product with A cancels, and in bf16 the
-        gradient would be noise. Those layers (mostly a network's first) take float32.
-        """
-        if self._parts is None:
-            everything = list(range(len(self.layers)))
-            tall = [] if self.precision else [n for n in everything if self.layers[n].constant > 0]
-            rest = [n for n in everything if n not in tall]
-            if tall:
-                split = [(rest, self._restricted(rest, None)), (tall, self._restricted(tall, "highest"))]
-                self._parts = [(members, part) for members, part in split if members]
-            else:
-                self._parts = [(everything, self)]
-        return self._parts
-
-    def _restricted(self, members: list[int], precision: str | None) -> Problem:
-        layers = tuple(self.layers[n] for n in members)
-        return Problem(layers, tuple(self.coefficients[n] for n in members), precision, self.part)
-
-
-@functools.lru_cache(maxsize=64)
-def _read(text: str, shapes: tuple[tuple[int, ...], ...]) -> Problem:
-    """The problem of this `Problem.text`, for weights of these shapes."""
-    (precision, *part), *lines = (line.split(" ") for line in text.split("\n"))
-    layers, coefficients = [], []
-    for shape, (*steps, groups, penalty, coefficient) in zip(shapes, lines, strict=True):
-        stride, dilation = (tuple(map(int, numbers.split("x"))) if numbers else () for numbers in steps)
-        layers.append(Layer(tuple(shape), stride, dilation, int(groups), penalty))
-        coefficients.append(float(coefficient))
-    rank, ranks = map(int, part)
-    return Problem(tuple(layers), tuple(coefficients), None if precision == "default" else precision, (rank, ranks))
 
 
 def _shapes(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -146,9 +64,9 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
             "the op isonet_fast::orthogonality_loss is not differentiable by itself; call "
             "isonet_fast.functional.orthogonality_loss"
         )
-    problem = _read(text, _shapes(weights))
+    problem = read(text, _shapes(weights))
     if serves(weights):
-        return _triton().forward(weights, *_triton_arguments(problem), save)
+        return _triton().forward(weights, problem, save)
     saved = _saved_like(weights) if save else []
     grads = lay_out(weights).views(saved) if saved else []
     losses = _evaluate(weights, problem, grads, 1.0, add=False)
@@ -171,7 +89,7 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
         offsets[n] = ()
     losses = closed_form.evaluate(weights, problem.layers, offsets, sink if grads else None)
     if small:
-        plan, constants = problem.small(small)
+        plan, constants = _small_plan(problem, small)
         squares = ops.orthogonality_small_(
             [weights[n] for n in small], [grads[n] for n in small if grads], plan, [factors[n] for n in small], add
         )
@@ -179,8 +97,12 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
     return losses
 
 
-def _triton_arguments(problem: Problem) -> tuple:
-    return problem.layers, problem.coefficients, problem.precision, problem.offsets
+def _small_plan(problem: Problem, members: list[int]) -> tuple[Tensor, Tensor]:
+    key = "small", *members
+    if key not in problem.tables:
+        layers, offsets = [problem.layers[n] for n in members], [problem.offsets[n] for n in members]
+        problem.tables[key] = small_layers.plan(layers, offsets)
+    return problem.tables[key]
 
 
 def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -195,8 +117,7 @@ def _orthogonality_loss_fake(weights: list[Tensor], problem: str, save: bool) ->
     saved: list[Tensor] = []
     if save and serves(weights):
         shapes = tuple(tuple(map(int, w.shape)) for w in weights)  # the kernels' plan is for sizes, not symbols
-        read = _read(problem, shapes)
-        saved = _triton().saved_like(weights, read.layers, read.precision, read.offsets)
+        saved = _triton().saved_like(weights, read(problem, shapes))
     elif save:
         saved = _saved_like(weights)
     return weights[0].new_empty((), dtype=dtype), weights[0].new_empty(len(weights), dtype=dtype), saved
@@ -207,9 +128,7 @@ def _orthogonality_loss_backward(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
     if serves(weights):
-        return _triton().backward_buffers(
-            grad_output, saved, weights, *_triton_arguments(_read(problem, _shapes(weights)))
-        )
+        return _triton().backward_buffers(grad_output, saved, weights, read(problem, _shapes(weights)))
     regions = lay_out(weights).regions
     return [(buffer * grad_output).to(dtype) for buffer, (dtype, _, _) in zip(saved, regions, strict=True)]
 
@@ -250,10 +169,10 @@ class OrthogonalityLoss(torch.autograd.Function):
 def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     """sum of coefficient * penalty (differentiable), and each layer's penalty (L,), detached."""
     save = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-    (_, first), *more = problem.parts
+    (_, first), *more = problem.by_precision
     if not more:
         return OrthogonalityLoss.apply(first.text, save, *weights)
-    parts = [(part.text, [weights[n] for n in members]) for members, part in problem.parts]
+    parts = [(part.text, [weights[n] for n in members]) for members, part in problem.by_precision]
     return _joined(problem, [OrthogonalityLoss.apply(text, save, *ws) for text, ws in parts])
 
 
@@ -263,14 +182,14 @@ def accumulate_grad_(
 ) -> tuple[Tensor, Tensor]:
     """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
     torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
-    (_, first), *more = problem.parts
+    (_, first), *more = problem.by_precision
     if not more:
         return _accumulate_grad_(weights, grads, first, scale)
     return _joined(
         problem,
         [
             _accumulate_grad_([weights[n] for n in members], [grads[n] for n in members], part, scale)
-            for members, part in problem.parts
+            for members, part in problem.by_precision
         ],
     )
 
@@ -278,7 +197,7 @@ def accumulate_grad_(
 def _joined(problem: Problem, results: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Total and penalties of all layers, in their order, from those of the problem's parts."""
     in_order: dict[int, Tensor] = {}
-    for (members, _), (_, losses) in zip(problem.parts, results, strict=True):
+    for (members, _), (_, losses) in zip(problem.by_precision, results, strict=True):
         in_order.update(zip(members, losses.unbind(), strict=True))
     (first, _), (second, _) = results
     return first + second, torch.stack([in_order[n] for n in range(len(in_order))])
@@ -288,6 +207,6 @@ def _accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
     if serves(weights):
-        return _triton().accumulate_grad_(weights, grads, *_triton_arguments(problem), scale)
-    losses = _evaluate(weights, problem, grads, scale, add=True)
+        return _triton().accumulate_grad_(weights, grads, problem.unique, scale)
+    losses = _evaluate(weights, problem.unique, grads, scale, add=True)
     return _total(losses, problem.coefficients), losses

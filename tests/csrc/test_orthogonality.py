@@ -11,6 +11,7 @@ from isonet_fast import reference
 from isonet_fast.geometry import PENALTIES
 from isonet_fast.ops import _library, orthogonality, small_layers
 from isonet_fast.penalty_arguments import checked_layer
+from isonet_fast.problem import Problem
 from tests.cases import assert_accurate, layouts
 
 if _library.why_not_compiled:
@@ -44,7 +45,7 @@ LAYERS = [
 
 def problem_of(weights, geometry, part=(0, 1), coefficients=None):
     layers = tuple(checked_layer(w, *rest) for w, rest in zip(weights, geometry))
-    return orthogonality.Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
+    return Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
 
 
 def random_weight(shape) -> Tensor:
@@ -136,7 +137,7 @@ def network():
     specs = [LAYERS[n] for n in (0, 1, 3, 0, 10, 12, 14)]
     specs[3:3] = [((160, 130, 1, 1), 1, 1, 1)]
     assert specs[1][0] == (20, 4, 3, 3)  # its penalty is "lorth", with a constant that one share subtracts
-    geometry = [(s, e, g, PENALTIES[n % 3]) for n, (_, s, e, g) in enumerate(specs)]
+    geometry = [(s, e, g, tuple(PENALTIES)[n % 3]) for n, (_, s, e, g) in enumerate(specs)]
     return [random_weight(spec[0]).requires_grad_() for spec in specs], geometry
 
 

@@ -30,13 +30,12 @@ def device(request):
 @pytest.fixture(params=["tma", "pointer"])
 def variant(request, device, monkeypatch):
     """The set of tiles that serves precision=None."""
+    from isonet_fast import problem
     from isonet_fast.kernels import orthogonality
 
     if request.param == "tma" and device.type == "cuda" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("this GPU has no tensor memory accelerator")
     monkeypatch.setattr(orthogonality, "variant", lambda device, precision: precision or request.param)
-    for cache in (orthogonality._tables, orthogonality._prepared):
-        cache.clear()
+    problem.read.cache_clear()  # problems with tables of the other variant
     yield request.param
-    for cache in (orthogonality._tables, orthogonality._prepared):
-        cache.clear()
+    problem.read.cache_clear()

@@ -15,8 +15,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
 import lower_triton
 import null_driver
 
-from isonet_fast.geometry import Layer, shard
+from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
+from isonet_fast.problem import Problem
 
 SHAPES = [(256, 128, 1, 1), (64, 64, 3, 3), (24, 1, 3, 3)]  # large tiles, small tiles, a depthwise convolution
 
@@ -32,25 +33,27 @@ def main(arch: int) -> None:
     orthogonality.variant = lambda device, precision: precision or variant
     layers = tuple(Layer(s, (1, 1), (1, 1), 24 if s[1] == 1 else 1, "isonet") for s in SHAPES)
     weights = [torch.zeros(s) for s in SHAPES]
-    launches = {}
+    launches, problems = {}, []
     for precision in (None, "highest"):
-        arguments = layers, (1.0,) * len(layers), precision, shard(layers, 0, 1)
-        saved = orthogonality.forward(weights, *arguments, True)[2]
+        problem = Problem(layers, (1.0,) * len(layers), precision)
+        problems.append(problem)
+        saved = orthogonality.forward(weights, problem, True)[2]
         calls = {
-            "loss": lambda a=arguments: orthogonality.forward(weights, *a, False),
-            "loss, saved": lambda a=arguments: orthogonality.forward(weights, *a, True),
-            "gradient": lambda a=arguments, s=saved: orthogonality.backward(torch.ones(()), s, weights, *a),
-            "gradient of an element": lambda a=arguments, s=saved: orthogonality.backward(
-                torch.ones(5)[3], s, weights, *a
+            "loss": lambda p=problem: orthogonality.forward(weights, p, False),
+            "loss, saved": lambda p=problem: orthogonality.forward(weights, p, True),
+            "gradient": lambda p=problem, s=saved: orthogonality.backward(torch.ones(()), s, weights, p),
+            "gradient of an element": lambda p=problem, s=saved: orthogonality.backward(
+                torch.ones(5)[3], s, weights, p
             ),
-            "accumulate": lambda a=arguments: orthogonality.accumulate_grad_(weights, weights, *a, 1),
+            "accumulate": lambda p=problem: orthogonality.accumulate_grad_(weights, weights, p, 1),
         }
         for name, call in calls.items():
             for time in ("first", "again"):
                 before = driver.launches, driver.tensor_maps
                 call()
                 launches[f"{name}, {precision}, {time}"] = driver.launches - before[0], driver.tensor_maps - before[1]
-    compiled = [c for tables in orthogonality._tables.values() for c, _ in tables.launches._compiled.values()]
+    tables = [table for problem in problems for table in problem.tables.values()]
+    compiled = [c for table in tables for c, _ in table.launches._compiled.values()]
     kernels = {code(c): c.name for c in compiled}
     lowered = {code(lower_triton.compile_case(case, arch)): case.name for case in lower_triton.cases(arch)}
     assert len(lowered) == len(list(lower_triton.cases(arch)))

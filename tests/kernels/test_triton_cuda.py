@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from isonet_fast import environment, kernels
-from isonet_fast.geometry import Layer, shard
+from isonet_fast.geometry import Layer
+from isonet_fast.problem import Problem
 
 LAYERS = (Layer((64, 64, 3, 3), (1, 1), (1, 1), 1, "isonet"), Layer((256, 128, 1, 1), (1, 1), (1, 1), 1, "isonet"))
-ARGUMENTS = LAYERS, (1.0, 0.5), None, shard(LAYERS, 0, 1)
+PROBLEM = Problem(LAYERS, (1.0, 0.5))
 
 
 @pytest.fixture
@@ -24,8 +25,8 @@ def weights(device):
 def gradient(weights):
     from isonet_fast.kernels import orthogonality
 
-    loss, losses, saved = orthogonality.forward(weights, *ARGUMENTS, True)
-    return loss, losses, *orthogonality.backward(torch.ones_like(loss), saved, weights, *ARGUMENTS)
+    loss, losses, saved = orthogonality.forward(weights, PROBLEM, True)
+    return loss, losses, *orthogonality.backward(torch.ones_like(loss), saved, weights, PROBLEM)
 
 
 def same(left, right):
@@ -43,12 +44,9 @@ def test_no_synchronisation(weights):
 
 def test_side_stream(weights):
     """The tables were sent on another stream, and what is read here is written on this one."""
-    from isonet_fast.kernels import orthogonality
-
     expected = gradient(weights)
     torch.cuda.synchronize()
-    for cache in (orthogonality._tables, orthogonality._prepared):
-        cache.clear()
+    PROBLEM.tables.clear()
     streams = [torch.cuda.Stream() for _ in range(3)]
     results = []
     for stream in streams:
@@ -91,7 +89,7 @@ def test_graph_capture_of_gradients_that_the_graph_allocates(weights):
 
     def step():
         grads = [torch.ones_like(w) for w in weights]
-        return (*orthogonality.accumulate_grad_(weights, grads, *ARGUMENTS, 0.5), *grads)
+        return (*orthogonality.accumulate_grad_(weights, grads, PROBLEM, 0.5), *grads)
 
     expected = step()
     graph = torch.cuda.CUDAGraph()
@@ -103,10 +101,7 @@ def test_graph_capture_of_gradients_that_the_graph_allocates(weights):
 
 
 def test_capture_without_a_first_call_says_what_to_do(weights):
-    from isonet_fast.kernels import orthogonality
-
-    for cache in (orthogonality._tables, orthogonality._prepared):
-        cache.clear()
+    PROBLEM.tables.clear()
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         gradient(weights)
 
@@ -189,11 +184,11 @@ def test_the_probe_needs_every_kernel():
 
 def test_addresses_in_a_capture(device, monkeypatch):
     """The view that a capture builds from its arguments equals the one sent from the host."""
-    from isonet_fast.kernels import orthogonality, tables
+    from isonet_fast.kernels import tables
+    from isonet_fast.kernels.plan import Plan
 
-    layers, _, precision, offsets = ARGUMENTS
-    mine = tables.Tables(orthogonality.plan(layers, precision, offsets, "tma"), device)
-    first, second = ([torch.empty(layer.shape, device=device) for layer in layers] for _ in range(2))
+    mine = tables.Tables(Plan(PROBLEM, "tma"), device)
+    first, second = ([torch.empty(layer.shape, device=device) for layer in LAYERS] for _ in range(2))
     before = mine.view("add", first, None).clone()
     monkeypatch.setattr(tables, "capturing", lambda _: True)
     patched = mine.view("add", second, None)

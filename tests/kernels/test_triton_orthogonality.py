@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from isonet_fast import reference
-from isonet_fast.geometry import Layer, shard
+from isonet_fast.geometry import Layer
+from isonet_fast.problem import Problem
 
 LOSS, GRADIENT = {None: 6e-5, "highest": 6e-6}, {None: 1e-2, "highest": 3e-4}
 
@@ -106,11 +107,11 @@ def check(layers, weights, precision=None):
     """Loss, gradient, their dtypes and strides; returns the relative errors of the losses."""
     from isonet_fast.kernels import orthogonality as kernels
 
-    offsets = shard(layers, 0, 1)
     coefficients = tuple(0.5 + n for n in range(len(layers)))
-    loss, losses, saved = kernels.forward(weights, layers, coefficients, precision, offsets, True)
+    problem = Problem(tuple(layers), coefficients, precision)
+    loss, losses, saved = kernels.forward(weights, problem, True)
     scale = torch.tensor(3.0, device=weights[0].device)
-    grads = kernels.backward(scale, saved, weights, layers, coefficients, precision, offsets)
+    grads = kernels.backward(scale, saved, weights, problem)
     total, errors = 0.0, []
     for weight, layer, coefficient, actual, grad in zip(weights, layers, coefficients, losses, grads, strict=True):
         penalty, wanted = expected(weight, layer)
@@ -120,7 +121,7 @@ def check(layers, weights, precision=None):
         assert (grad.dtype, grad.stride()) == (weight.dtype, torch.empty_like(weight).stride())
         total += coefficient * actual.item()
     assert abs(loss.item() - total) <= 1e-6 * abs(total)
-    for empty, tensor in zip(kernels.saved_like(weights, layers, precision, offsets), saved, strict=True):
+    for empty, tensor in zip(kernels.saved_like(weights, problem), saved, strict=True):
         assert (empty.shape, empty.dtype) == (tensor.shape, tensor.dtype)
     return errors
 
@@ -168,13 +169,14 @@ def test_whole_tiles_are_stored_in_vectors(shapes, layout, paths, device):
 
     layers, weights = make([(shape, 1, 1, 1, "isonet") for shape in shapes], device, layout=layout)
     assert max(check(layers, weights)) <= LOSS[None]
-    tables = kernels._prepare(weights, layers, None, shard(layers, 0, 1))
+    problem = Problem(layers, (1.0, 1.0))
+    tables = kernels.tables_of(problem, weights[0].device)
     path = VIEW.fields["path"][1] // 8
     assert tables.flat(weights)[1].tensor[:, path].tolist() == paths
     aligned = [torch.ones_like(w) for w in weights]
     elsewhere = [torch.ones(w.numel() + 1, device=device)[1:].as_strided(w.shape, w.stride()) for w in weights]
     for grads, chosen in ((aligned, paths), (elsewhere, [0, 0])):
-        kernels.accumulate_grad_(weights, grads, layers, (1.0, 1.0), None, shard(layers, 0, 1), 0.5)
+        kernels.accumulate_grad_(weights, grads, problem, 0.5)
         assert tables._views["add"].table.tensor[:, path].tolist() == chosen
         for weight, layer, grad in zip(weights, layers, grads, strict=True):
             assert relative(2 * (grad - 1), expected(weight, layer)[1]) <= GRADIENT[None]
@@ -185,9 +187,9 @@ def test_an_empty_weight_beside_another(shape, device):
     from isonet_fast.kernels import orthogonality as kernels
 
     layers, weights = make([(shape, 1, 1, 1, "isonet"), CASES["1x3"][0]], device)
-    arguments = layers, (1.0, 1.0), None, shard(layers, 0, 1)
-    _, losses, saved = kernels.forward(weights, *arguments, True)
-    empty, grad = kernels.backward(torch.ones((), device=device), saved, weights, *arguments)
+    problem = Problem(layers, (1.0, 1.0))
+    _, losses, saved = kernels.forward(weights, problem, True)
+    empty, grad = kernels.backward(torch.ones((), device=device), saved, weights, problem)
     assert losses[0].item() == reference.orthogonality_loss(weights[0]).item() and empty.shape == shape
     assert relative(grad, expected(weights[1], layers[1])[1]) <= GRADIENT[None]
 
@@ -202,7 +204,7 @@ def test_the_default_dtype_plays_no_part(default, device):
     try:
         assert max(check(layers, weights)) <= LOSS[None]
         grads = [torch.zeros_like(w, dtype=torch.bfloat16) for w in weights]
-        kernels.accumulate_grad_(weights, grads, layers, (1.0, 1.0), None, shard(layers, 0, 1), 1.0)
+        kernels.accumulate_grad_(weights, grads, Problem(layers, (1.0, 1.0)), 1.0)
     finally:
         torch.set_default_dtype(before)
     for weight, layer, grad in zip(weights, layers, grads, strict=True):
@@ -230,10 +232,10 @@ def test_dirac_is_exactly_zero(device):
 
     layers, weights = make([((16, 16, 3, 1), 1, 1, 1, "isonet"), ((8, 24, 3, 3), 2, 1, 1, "isonet")], device)
     weights = [torch.nn.init.dirac_(w) for w in weights]
-    arguments = layers, (1.0, 1.0), None, shard(layers, 0, 1)
-    loss, losses, saved = kernels.forward(weights, *arguments, True)
+    problem = Problem(layers, (1.0, 1.0))
+    loss, losses, saved = kernels.forward(weights, problem, True)
     assert loss.item() == 0 and losses.tolist() == [0, 0]
-    for grad in kernels.backward(torch.ones((), device=device), saved, weights, *arguments):
+    for grad in kernels.backward(torch.ones((), device=device), saved, weights, problem):
         assert not grad.any()
 
 
@@ -242,11 +244,12 @@ def test_accumulates_into_gradients(dtype, device):
     from isonet_fast.kernels import orthogonality as kernels
 
     layers, weights = make([CASES["groups"][3], CASES["1x3"][0], CASES["wide"][-1]], device, dtype=dtype)
-    coefficients, offsets = (0.5, 1.0, 2.0), shard(layers, 0, 1)
+    coefficients = 0.5, 1.0, 2.0
+    problem = Problem(layers, coefficients)
     grads = [torch.randn_like(w) for w in weights]
     before = [g.clone().double().cpu() for g in grads]
-    loss, losses = kernels.accumulate_grad_(weights, grads, layers, coefficients, None, offsets, 0.25)
-    plain, plain_losses, _ = kernels.forward(weights, layers, coefficients, None, offsets, False)
+    loss, losses = kernels.accumulate_grad_(weights, grads, problem, 0.25)
+    plain, plain_losses, _ = kernels.forward(weights, problem, False)
     assert torch.equal(loss, plain) and torch.equal(losses, plain_losses)
     for weight, layer, coefficient, grad, old in zip(weights, layers, coefficients, grads, before, strict=True):
         wanted = 0.25 * coefficient * expected(weight, layer)[1]
@@ -264,10 +267,10 @@ def test_shards_add_up(count, device):
     losses = torch.zeros(3, dtype=torch.float64)
     sums = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
     for rank in range(count):
-        arguments = layers, coefficients, None, shard(layers, rank, count)
-        _, part, saved = kernels.forward(weights, *arguments, True)
+        problem = Problem(layers, coefficients, None, (rank, count))
+        _, part, saved = kernels.forward(weights, problem, True)
         losses += part.double().cpu()
-        for total, grad in zip(sums, kernels.backward(torch.ones((), device=device), saved, weights, *arguments)):
+        for total, grad in zip(sums, kernels.backward(torch.ones((), device=device), saved, weights, problem)):
             total += grad.double().cpu()
     for weight, layer, coefficient, penalty, grad in zip(weights, layers, coefficients, losses, sums, strict=True):
         loss, wanted = expected(weight, layer)
@@ -280,14 +283,14 @@ def test_two_forwards_before_a_backward_and_same_bits(device):
 
     layers, first = make(CASES["1-d"][:2], device)
     second = [torch.randn_like(w) for w in first]
-    arguments = layers, (1.0, 1.0), None, shard(layers, 0, 1)
+    problem = Problem(layers, (1.0, 1.0))
     one = torch.ones((), device=device)
-    saved = [kernels.forward(weights, *arguments, True)[2] for weights in (first, second)]
-    together = [kernels.backward(one, s, w, *arguments) for s, w in zip(saved, (first, second))]
+    saved = [kernels.forward(weights, problem, True)[2] for weights in (first, second)]
+    together = [kernels.backward(one, s, w, problem) for s, w in zip(saved, (first, second))]
     for weights, grads in zip((first, second), together):
-        loss, _, alone = kernels.forward(weights, *arguments, True)
-        assert torch.equal(loss, kernels.forward(weights, *arguments, False)[0])
-        for a, b in zip(grads, kernels.backward(one, alone, weights, *arguments)):
+        loss, _, alone = kernels.forward(weights, problem, True)
+        assert torch.equal(loss, kernels.forward(weights, problem, False)[0])
+        for a, b in zip(grads, kernels.backward(one, alone, weights, problem)):
             assert torch.equal(a, b)
 
 
@@ -295,12 +298,12 @@ def test_notices_a_weight_that_moved(device):
     from isonet_fast.kernels import orthogonality as kernels
 
     layers, weights = make(CASES["1x3"], device)
-    arguments = layers, (1.0, 1.0), None, shard(layers, 0, 1), False
-    loss = kernels.forward(weights, *arguments)[0]
+    problem = Problem(layers, (1.0, 1.0))
+    loss = kernels.forward(weights, problem, False)[0]
     moved = [w.clone() for w in weights]
     for w in weights:
         w.fill_(float("nan"))
-    assert torch.equal(kernels.forward(moved, *arguments)[0], loss)
+    assert torch.equal(kernels.forward(moved, problem, False)[0], loss)
 
 
 def test_reads_nothing_that_was_not_written(device, monkeypatch):
@@ -315,9 +318,9 @@ def test_reads_nothing_that_was_not_written(device, monkeypatch):
 
     layers, weights = make(CASES["1x3"] + CASES["wide"][:1], device)
     monkeypatch.setattr(kernels.torch, "empty", poisoned)
-    arguments = layers, (1.0,) * 3, None, shard(layers, 0, 1)
-    _, losses, saved = kernels.forward(weights, *arguments, True)
-    grads = kernels.backward(torch.ones((), device=device), saved, weights, *arguments)
+    problem = Problem(layers, (1.0,) * 3)
+    _, losses, saved = kernels.forward(weights, problem, True)
+    grads = kernels.backward(torch.ones((), device=device), saved, weights, problem)
     assert losses.isfinite().all() and all(g.isfinite().all() for g in grads)
 
 
@@ -326,10 +329,10 @@ def test_nan_stays_in_its_layer(device):
 
     layers, weights = make(CASES["1-d"], device)
     weights[1][3, 2, 1] = float("nan")
-    arguments = layers, (1.0,) * 3, None, shard(layers, 0, 1)
-    loss, losses, saved = kernels.forward(weights, *arguments, True)
+    problem = Problem(layers, (1.0,) * 3)
+    loss, losses, saved = kernels.forward(weights, problem, True)
     assert loss.isnan() and losses.isnan().tolist() == [False, True, False]
-    grads = kernels.backward(torch.ones((), device=device), saved, weights, *arguments)
+    grads = kernels.backward(torch.ones((), device=device), saved, weights, problem)
     assert [bool(g.isnan().any()) for g in grads] == [False, True, False]
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from isonet_fast.geometry import Layer, shard
+from isonet_fast.geometry import Layer
 from isonet_fast.kernels import grad, gram, pack, packed
 from isonet_fast.kernels import plan as planning
+from isonet_fast.problem import Problem
 
 FLOOR = {18: 192, 34: 358, 50: 184, 101: 310}  # GFLOP of ISONet: bf16x3 gram and gradient, DESIGN.md 3.2
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -41,7 +42,7 @@ def network(depth: int, residual: bool) -> tuple[Layer, ...]:
 
 
 def make(layers, precision=None, variant="tma"):
-    return planning.Plan(layers, shard(layers, 0, 1), precision, variant)
+    return planning.Plan(Problem(layers, (1.0,) * len(layers), precision), variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -78,17 +79,17 @@ def test_launches_of_a_call(depth, monkeypatch):
     layers = network(depth, True)
     weights = [torch.empty(layer.shape) for layer in layers]
     grads = [torch.empty(layer.shape) for layer in layers]
-    arguments = layers, (1e-4,) * len(layers), None, shard(layers, 0, 1)
-    orthogonality.accumulate_grad_(weights, grads, *arguments, 1.0)
+    problem = Problem(layers, (1e-4,) * len(layers))
+    orthogonality.accumulate_grad_(weights, grads, problem, 1.0)
     assert len(launched) <= 6 and all(grid > 0 for _, grid in launched)
     launched.clear()
-    _, _, saved = orthogonality.forward(weights, *arguments, True)
-    views = orthogonality.backward(torch.ones(()), saved, weights, *arguments)
+    _, _, saved = orthogonality.forward(weights, problem, True)
+    views = orthogonality.backward(torch.ones(()), saved, weights, problem)
     assert len(launched) <= 6
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1
     monkeypatch.setattr(tables.Tables, "_rows", None)  # nothing is sent again
-    orthogonality.accumulate_grad_(weights, grads, *arguments, 1.0)
-    orthogonality.backward(torch.ones(()), saved, weights, *arguments)
+    orthogonality.accumulate_grad_(weights, grads, problem, 1.0)
+    orthogonality.backward(torch.ones(()), saved, weights, problem)
 
 
 def walk_gram(plan):
@@ -140,8 +141,8 @@ def test_runs_name_every_pair_once(offsets):
         dims = len(shape) - 2
         layers = (Layer(shape, (stride,) * dims, (dilation,) * dims, 1, "isonet"),)
         for rank in range(1 if offsets == "whole" else 3):
-            ts = shard(layers, rank, 1 if offsets == "whole" else 3)
-            plan = planning.Plan(layers, ts, None, "tma")
+            problem = Problem(layers, (1.0,), None, (rank, 1 if offsets == "whole" else 3))
+            plan, ts = planning.Plan(problem, "tma"), problem.offsets
             (one,) = plan.packed
             kernel = one.kernel
             for table in plan.grad_tiles.values():
@@ -182,7 +183,7 @@ def test_small_groups_share_a_block():
 def test_rejects_more_than_32_bits_can_name(shape):
     layers = (Layer(shape, (1,) * (len(shape) - 2), (1,) * (len(shape) - 2), 1, "isonet"),)
     with pytest.raises(ValueError, match="32-bit"):
-        packed.shapes(layers * 600, shard(layers, 0, 1) * 600, None)
+        packed.shapes(Problem(layers * 600, (1.0,) * 600))
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import torch
 from torch.library import opcheck
 
 from isonet_fast import functional, init, reference
-from isonet_fast.geometry import PENALTIES, Layer, shard
+from isonet_fast.geometry import PENALTIES, Layer, split_work
 from isonet_fast.ops import closed_form, orthogonality
 from isonet_fast.penalty_arguments import checked_layer
+from isonet_fast.problem import Problem
 
 ops = torch.ops.isonet_fast
 
@@ -163,7 +164,7 @@ def test_no_grad_keeps_nothing(device):
 
 def problem_of(weights, penalty, part=(0, 1), coefficients=None, stride=1):
     layers = tuple(checked_layer(w, stride, 1, 1, penalty) for w in weights)
-    return orthogonality.Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
+    return Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
 
 
 def test_autocast_leaves_the_penalty_in_float32(device):
@@ -259,7 +260,7 @@ def test_accumulate_grad_is_the_gradient_added(dtype, device):
         checked_layer(w, s, e, g, "lorth")
         for w, s, e, g in zip(weights, *[geometry[k] for k in ("stride", "dilation", "groups")])
     )
-    problem = orthogonality.Problem(layers, tuple(0.1 * (n + 1) for n in range(len(weights))), None, (0, 1))
+    problem = Problem(layers, tuple(0.1 * (n + 1) for n in range(len(weights))), None, (0, 1))
     total, losses = orthogonality.loss(weights, problem)
     expected = [3 * g + 1 for g in torch.autograd.grad(total, weights)]
     grads = [torch.ones_like(w) for w in weights]
@@ -295,9 +296,11 @@ def test_shares_are_balanced_for_isonet_50_on_eight_ranks():
             for shape in ((width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
                 layers.append(Layer(shape, (1, 1), (1, 1), 1, "isonet"))
     layers = tuple(layers)
-    work = [sum(layer.gram_flops(t) for layer, ts in zip(layers, shard(layers, r, 8)) for t in ts) for r in range(8)]
+    work = [
+        sum(layer.gram_flops(t) for layer, ts in zip(layers, split_work(layers, r, 8)) for t in ts) for r in range(8)
+    ]
     assert max(work) <= 1.15 * sum(work) / 8 and min(work) >= 0.85 * sum(work) / 8
-    units = [(n, t) for r in range(8) for n, ts in enumerate(shard(layers, r, 8)) for t in ts]
+    units = [(n, t) for r in range(8) for n, ts in enumerate(split_work(layers, r, 8)) for t in ts]
     assert sorted(units) == sorted((n, t) for n, layer in enumerate(layers) for t in layer.offsets)
 
 
@@ -327,7 +330,7 @@ def test_tall_lorth_layers_take_float32(device):
         (tall + 1e-3 * torch.randn(64, 3, 3, 3).to(device)).requires_grad_(),
     ]
     problem = problem_of(weights, "lorth", stride=2)
-    assert [(members, part.precision) for members, part in problem.parts] == [([0], None), ([1], "highest")]
+    assert [(members, part.precision) for members, part in problem.by_precision] == [([0], None), ([1], "highest")]
     total, losses = orthogonality.loss(weights, problem)
     grads = torch.autograd.grad(total, weights)
     added = [torch.zeros_like(w) for w in weights]
@@ -345,8 +348,8 @@ def test_a_list_of_one_kind_is_one_call_in_its_precision(stride, precision, devi
     weights = [torch.randn(64, 3, 3, 3, device=device) for _ in range(2)]
     problem = problem_of(weights, "lorth", stride=stride)
     seen = []
-    read, add = orthogonality._read, orthogonality._accumulate_grad_
-    monkeypatch.setattr(orthogonality, "_read", lambda *args: seen.append(read(*args)) or seen[-1])
+    read, add = orthogonality.read, orthogonality._accumulate_grad_
+    monkeypatch.setattr(orthogonality, "read", lambda *args: seen.append(read(*args)) or seen[-1])
     monkeypatch.setattr(orthogonality, "_accumulate_grad_", lambda *args: seen.append(args[2]) or add(*args))
     orthogonality.loss(weights, problem)
     orthogonality.accumulate_grad_(weights, [torch.zeros_like(w) for w in weights], problem, 1.0)
