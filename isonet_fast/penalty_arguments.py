@@ -79,18 +79,12 @@ def check_dense(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_gradients(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Tensors that a gradient can be added to in place: dense, floating-point, no two elements in one place.
-
-    Called before any gradient changes, at every step: ordinary gradients must cost little.
-    """
-    if {g.layout for g in grads} <= {torch.strided} and {g.dtype for g in grads} <= set(FLOATS):
-        if all(map(Tensor.is_contiguous, grads)) or all(map(_is_ordinary, grads)):
-            return
-    for weight, grad in zip(weights, grads, strict=True):
-        name = f"the .grad of the weight of shape {tuple(weight.shape)}"
+def check_gradients(grads: Iterable[Tensor]) -> None:
+    """Tensors that a gradient can be added to in place: dense, floating-point, no two elements in one place."""
+    for grad in grads:
+        name = f"the .grad of the weight of shape {tuple(grad.shape)}"
         check_dense(name, grad)
-        if _shares_memory(grad):
+        if not grad.is_contiguous() and _shares_memory(grad):
             raise ValueError(f"{name} has elements that share memory (strides {grad.stride()}); clone it first")
 
 
@@ -136,10 +130,6 @@ def _shown(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
-
-
-def _is_ordinary(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _shares_memory(tensor: Tensor) -> bool:

@@ -99,13 +99,17 @@ def backward_buffers(
 def accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """grads[l] += scale * coefficient * dpenalty/dW in place; returns the loss (without scale) and the penalties."""
+    """grads[l] += scale * coefficient * dpenalty/dW in place; returns the loss (without scale) and the penalties.
+
+    Raises as `penalty_arguments.check_gradients` does, before any gradient changes.
+    """
     tables = tables_of(problem, weights[0].device)
-    loss, losses, saved = forward(weights, problem, True)
     with _on(tables.device) as stream:
-        if [g.dtype for g in grads].count(torch.float32) == len(grads) and not any(map(Tensor.is_neg, grads)):
-            _grad(tables, saved, tables.view("add", grads, stream), stream, scale=float(scale))
-        else:  # other dtypes: formed in float32, added with one rounding
+        view = tables.view("add", grads, stream)
+        loss, losses, saved = forward(weights, problem, True)
+        if view is not None and not any(map(Tensor.is_neg, grads)):
+            _grad(tables, saved, view, stream, scale=float(scale))
+        else:  # formed in float32, added with one rounding
             factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
             layout, flat = _grad_to_flat(tables, weights, saved, factor, stream)
             for grad, addend in zip(grads, layout.wide_views(flat), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..flat import Flat, lay_out
 from ..geometry import Layer
+from ..penalty_arguments import check_gradients
 from .launch import Launches
 from .layout import VIEW
 from .plan import Plan
@@ -76,7 +77,7 @@ class View(NamedTuple):
     strides: list[tuple[int, ...]]
     dtypes: list[torch.dtype]
     rows: np.ndarray
-    table: Table
+    table: Table | None  # None: the kernels can't write these dtypes
 
 
 class Tables:
@@ -96,29 +97,47 @@ class Tables:
         self._views: dict[str, View] = {}
         self._flat: tuple[Flat, Table] | None = None
 
-    def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor:
-        """The view of weights ("read") or of gradients ("add")."""
+    def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor | None:
+        """The view of weights ("read") or of gradients ("add"); None for gradients that are not float32.
+
+        Gradients of kinds not met before are checked (`check_gradients`).
+        """
+        try:
+            strides, dtypes = [t.stride() for t in tensors], [t.dtype for t in tensors]
+        except RuntimeError:  # sparse ones have no strides
+            check_gradients(tensors)
+            raise
         addresses = [t.data_ptr() for t in tensors]
-        strides, dtypes = [t.stride() for t in tensors], [t.dtype for t in tensors]
         known = self._views.get(role)
         if known is not None and (known.strides, known.dtypes) == (strides, dtypes):
+            if known.table is None:
+                return None
             if known.addresses == addresses:
                 return known.table.on(stream)
             if capturing(self.device):
-                return self._moved(role, known, addresses, stream)
+                return self._moved(role, known.table.on(stream), addresses)
             rows = known.rows  # gradients come and go with every step
         else:
+            if role == "read" and any(map(Tensor.is_neg, tensors)):  # the ops never pass one
+                raise ValueError(
+                    "a weight is a negated view, which the kernels can't read; weight.resolve_neg() copies it"
+                )
+            if role == "add":
+                check_gradients(tensors)
+                if dtypes.count(torch.float32) < len(dtypes):
+                    self._views[role] = View(addresses, strides, dtypes, self._static, None)
+                    return None
             rows = self._rows(strides, dtypes)
         table = self._placed(rows, addresses, role == "read")
         self._views[role] = View(addresses, strides, dtypes, rows, table)
         return table.on(stream)
 
-    def _moved(self, role: str, known: View, addresses: list[int], stream: torch.cuda.Stream | None) -> Tensor:
+    def _moved(self, role: str, known: Tensor, addresses: list[int]) -> Tensor:
         """A known view of other addresses, without the host's memory: a graph that is captured allocates gradients of
         its own. The addresses become arguments of a few kernels in the graph."""
         if role == "add" and any(a % 16 for a in addresses):
             raise RuntimeError("gradients that are not aligned to 16 bytes can't be captured by a CUDA graph")
-        table = known.table.on(stream).clone()
+        table = known.clone()
         column = table[:, 0].zero_()
         torch._foreach_add_(list(column.unbind()), addresses)
         return table

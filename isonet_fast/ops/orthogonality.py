@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..flat import lay_out
+from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
 from . import closed_form, small_layers
 from ._library import implement, library, ops
@@ -180,11 +181,14 @@ def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
 def accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns."""
-    torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
+    """Add scale * coefficient * dpenalty/dW to each gradient in place; returns what `loss` returns.
+
+    Raises as `penalty_arguments.check_gradients` does, before any gradient changes.
+    """
     (_, first), *more = problem.by_precision
     if not more:
         return _accumulate_grad_(weights, grads, first, scale)
+    check_gradients(grads)
     return _joined(
         problem,
         [
@@ -207,6 +211,10 @@ def _accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
     if serves(weights):
-        return _triton().accumulate_grad_(weights, grads, problem.unique, scale)
+        result = _triton().accumulate_grad_(weights, grads, problem.unique, scale)
+        torch.autograd.graph.increment_version(grads)  # the kernels write unseen by autograd
+        return result
+    check_gradients(grads)
+    torch.autograd.graph.increment_version(grads)
     losses = _evaluate(weights, problem.unique, grads, scale, add=True)
     return _total(losses, problem.coefficients), losses

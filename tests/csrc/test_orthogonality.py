@@ -253,5 +253,9 @@ def test_a_gradient_that_is_added_to_counts_as_changed() -> None:
 
 def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
     weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 1, 1).expand(4, 4, 3, 3)
-    with pytest.raises(RuntimeError, match="elements of grads must not share memory"):
+    weights, grads, plan, scale, add = arguments_of_the_op()
+    with pytest.raises(ValueError, match="has elements that share memory"):
         orthogonality.accumulate_grad_([weight], [grad], problem_of([weight], [(1, 1, 1, "isonet")]), 1.0)
+    grads[0] = grads[0][..., :1].expand(grads[0].shape)
+    with pytest.raises(RuntimeError, match="elements of grads must not share memory"):  # the bare op
+        ops.orthogonality_small_(weights, grads, plan, scale, add)

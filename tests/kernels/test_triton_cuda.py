@@ -172,14 +172,15 @@ def test_probe_checks_the_numbers(device, monkeypatch):
 def test_the_probe_needs_every_kernel():
     """A tile size of its own per kernel, loops over several taps, chunks and transposed residuals."""
     pytest.importorskip("triton")
-    from isonet_fast.kernels import orthogonality
+    from isonet_fast.kernels.plan import Plan
 
     layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in kernels.PROBED)
     for key in ("tma", "pointer"):
-        plan = orthogonality.plan(layers, None, shard(layers, 0, 1), key)
+        plan = Plan(Problem(layers, (1.0,) * len(layers)), key)
         assert set(plan.gram_tiles) == set(plan.variant.gram) and set(plan.grad_tiles) == set(plan.variant.grad)
         gram = next(iter(plan.gram_tiles.values()))
-        assert gram[:, 4:7].prod(1).max() == 9 and gram[:, 11].max() >= 2 * plan.variant.gram[0].chunk
+        assert (gram["depth"] * gram["height"] * gram["width"]).max() == 9
+        assert gram["columns"].max() >= 2 * plan.variant.gram[0].chunk
 
 
 def test_addresses_in_a_capture(device, monkeypatch):

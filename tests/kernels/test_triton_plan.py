@@ -1,11 +1,13 @@
 """The plan's budget for the published networks: launches, padding, multiply-adds; and what it says of each layer."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from isonet_fast import OrthoRegularizer
 from isonet_fast.geometry import Layer
 from isonet_fast.kernels import grad, gram, pack, packed
 from isonet_fast.kernels import plan as planning
@@ -90,6 +92,36 @@ def test_launches_of_a_call(depth, monkeypatch):
     monkeypatch.setattr(tables.Tables, "_rows", None)  # nothing is sent again
     orthogonality.accumulate_grad_(weights, grads, problem, 1.0)
     orthogonality.backward(torch.ones(()), saved, weights, problem)
+
+
+def test_few_calls_lie_between_the_regularizer_and_the_first_launch(monkeypatch):
+    pytest.importorskip("triton")
+    from isonet_fast.kernels import orthogonality
+    from isonet_fast.ops import orthogonality as ops
+
+    chains = []
+
+    def launch(key, *_):
+        frame, names = sys._getframe(1), []
+        while frame.f_code not in (OrthoRegularizer.__call__.__code__, OrthoRegularizer.accumulate_grad_.__code__):
+            names.append(frame.f_code.co_qualname)
+            frame = frame.f_back
+        chains.append((key, names))
+
+    monkeypatch.setattr(ops, "serves", lambda weights: True)
+    tables_of = orthogonality.tables_of
+
+    def watched(*arguments):
+        tables = tables_of(*arguments)
+        tables.launches = launch
+        return tables
+
+    monkeypatch.setattr(orthogonality, "tables_of", watched)
+    reg = OrthoRegularizer(torch.nn.Conv2d(8, 8, 3))
+    reg()
+    reg.accumulate_grad_()
+    first = [names for key, names in chains if key == "pack"]
+    assert [len(names) <= 6 for names in first] == [True, True], first
 
 
 def walk_gram(plan):
