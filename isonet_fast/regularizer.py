@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ from .layers import (
 from .layers import official_filter as official_filter  # part of this module's interface
 from .ops import orthogonality
 from .penalty_arguments import check_gradients, check_precision, checked_scale
+from .problem import Problem
 from .selection import Coeff, Selection
 from .sharded import Shards, is_sharded, reshard
 from .summary import Row, Summary, gflop
 
 _WEIGHT = operator.itemgetter("weight")
-Gathered = tuple[list[nn.Parameter], orthogonality.Problem, Shards | None]
+Gathered = tuple[list[nn.Parameter], Problem, Shards | None]
 
 
 class OrthoRegularizer:
@@ -95,7 +96,7 @@ class OrthoRegularizer:
         self._calls = 0
         self._losses: Tensor | None = None
         self._sharded: dict[nn.Module, nn.Parameter] = {}
-        self._problems: dict[tuple, tuple[orthogonality.Problem, Shards | None]] = {}
+        self._problems: dict[tuple, tuple[Problem, Shards | None]] = {}
         self._seen: tuple[list[nn.Parameter], list[torch.Size]] = [], []
         self._gathered: Gathered | None = None
         self._order = BackwardOrder(model, shares=shard_group is not None)
@@ -176,7 +177,7 @@ class OrthoRegularizer:
             layers = tuple(layer_of(w, m, chosen) for w, m, chosen, _ in weights.values())
             scale = self.interval * self._shard[1]
             coefficients = tuple(value * scale for *_, value in weights.values())
-            problem = orthogonality.Problem(layers, coefficients, self.precision, self._shard)
+            problem = Problem(layers, coefficients, self.precision, self._shard).unique
             self._problems = {key: (problem, Shards(now, self._shard_group) if any(map(is_sharded, now)) else None)}
         self._order.watch([w for w in now if not is_sharded(w)])
         return now, *self._problems[key]
@@ -245,7 +246,7 @@ class OrthoRegularizer:
         return total if weights else self._zero()
 
     def _accumulate_sharded(
-        self, weights: list[nn.Parameter], problem: orthogonality.Problem, shards: Shards, grad_scale: float
+        self, weights: list[nn.Parameter], problem: Problem, shards: Shards, grad_scale: float
     ) -> Tensor:
         whole = shards.gather(weights)
         grads = shards.zeros(whole[0])
@@ -279,7 +280,7 @@ class OrthoRegularizer:
         """Every convolution, transposed convolution and linear layer: included or why not, its penalty (computed now;
         NaN on the meta device), what it costs, and how near to an isometry it can come (`existence.isometry`)."""
         weights, problem, shards = self._gather()
-        every_unit = orthogonality.Problem(problem.layers, problem.coefficients, problem.precision)
+        every_unit = Problem(problem.layers, problem.coefficients, problem.precision)
         whole = shards.gather(weights) if shards else weights
         losses = orthogonality.loss(whole, every_unit)[1] if weights else torch.zeros(0)
         values = losses.tolist() if has_values(losses) else [math.nan] * len(weights)
@@ -313,22 +314,14 @@ def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
     """Every weight's `.grad`, made where there is none. A frozen weight counts in the value alone: it gets a gradient
     that nobody sees, and one from before it was frozen is not touched."""
     grads = [weight.grad if weight.requires_grad else None for weight in weights]
-    if not any(grad is None for grad in grads):
-        check_gradients(weights, grads)  # type: ignore[arg-type]
-        return grads  # type: ignore[return-value]
-    check_gradients(*_both(weights, grads))  # all that there are, before any is made
-    for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        if grad is None:
-            grads[n] = torch.zeros_like(weight)
-            if weight.requires_grad:
-                weight.grad = grads[n]
+    if any(grad is None for grad in grads):
+        check_gradients(grad for grad in grads if grad is not None)  # before any is made
+        for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            if grad is None:
+                grads[n] = torch.zeros_like(weight)
+                if weight.requires_grad:
+                    weight.grad = grads[n]
     return grads  # type: ignore[return-value]
-
-
-def _both(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a gradient, and the gradients."""
-    known = [(weight, grad) for weight, grad in zip(weights, grads, strict=True) if grad is not None]
-    return [weight for weight, _ in known], [grad for _, grad in known]
 
 
 def _interval(value: Any) -> int:
