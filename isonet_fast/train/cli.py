@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__, environment
-from . import config, demo, evaluate, launch
+from . import config, demo, distributed, evaluate, launch
 from .divergence import Diverged
 from .files import user_path
 from .interrupts import Interrupted
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """The exit code; an error is a line."""
-    rank = int(os.environ.get("RANK", "0")) if args.command == "train" else 0
+    rank = _rank() if args.command == "train" else 0
     who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
         args.run(args)
@@ -108,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"{who}: {printable(str(stop))}", file=sys.stderr)
         return stop.code
     except (Diverged, ModuleNotFoundError, OSError, ValueError, WorkerDied) as error:
-        if not (rank and isinstance(error, Diverged)):  # so it does here
+        if not (rank and isinstance(error, Diverged)):  # Diverged is raised on every rank: rank 0 reports it
             print(f"{who}: {printable(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -118,6 +117,13 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{who}: out of memory; try a smaller data.batch_size or data.image_size ({reason})", file=sys.stderr)
         return 1
     return 0
+
+
+def _rank() -> int:
+    try:
+        return distributed.rank_and_size()[0]
+    except ValueError:  # the command itself says why
+        return 0
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import reprlib
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from ..param_groups import param_groups
 from ..regularizer import OrthoRegularizer
 from .digits import digits
 from .divergence import Diverged, first_nonfinite
-from .files import replacing
+from .files import disk_errors_naming, replacing
 
 DEPTH, BATCH, LR, MOMENTUM, WEIGHT_DECAY, GAMMA, WARMUP = 32, 32, 0.005, 0.9, 1e-4, 1e-4, 2
 
@@ -140,7 +141,7 @@ def plot(history: list[dict[str, float]], path: Path) -> None:
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, disk_errors_naming(path):
         figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
@@ -149,6 +150,10 @@ def run(epochs: int = 20, output: Path = Path("runs/demo"), seed: int = 0, lr: f
     """Train, time, write summary.json and training.png to `output`, print a table; returns the summary."""
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 <= seed < 2**32:  # what scikit-learn takes
+        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {reprlib.repr(seed)}")
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr must be positive and finite, got {lr}")
     try:  # what can fail fails before minutes of training, not after
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
@@ -174,7 +179,7 @@ def run(epochs: int = 20, output: Path = Path("runs/demo"), seed: int = 0, lr: f
         "speedup": step_ms["official"] / step_ms["isonet_fast"],
     }
     plot(history, output / "training.png")
-    with replacing(output / "summary.json") as temporary:
+    with replacing(output / "summary.json") as temporary, disk_errors_naming(output / "summary.json"):
         temporary.write_text(json.dumps(summary, indent=2) + "\n")
     _print(summary, output)
     return summary

@@ -135,16 +135,35 @@ def _side_stream(device: torch.device) -> Any:
     return _side_streams[device]
 
 
+def rank_and_size() -> tuple[int, int]:
+    """What torchrun says of this process; (0, 1) without torchrun, whatever RANK says then."""
+    return (_number("RANK"), _number("WORLD_SIZE")) if _under_torchrun() else (0, 1)
+
+
+def _under_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def _number(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {variable} must be a number as torchrun sets it, got {text!r}")
+    return int(text)
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
     """What torchrun has started, one process alone without it. Torn down where the run ends well: after a failure the
     others may never answer."""
-    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_available() and dist.is_torchelastic_launched() else 1
+    rank, size = rank_and_size()
     if size == 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and not _under_torchrun():
+            print("WORLD_SIZE is set, but torchrun did not start this process: it trains alone", flush=True)
         yield ALONE
         return
+    one = Processes(rank, size, _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE"))
     _join(size)
-    yield Processes(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    yield one
     gc.collect()  # DDP holds the group and is part of a cycle; a group whose threads outlive Python ends in an abort
     dist.destroy_process_group()
 

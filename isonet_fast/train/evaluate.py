@@ -81,7 +81,7 @@ def isometry(path: Path, size: int, preset: str | None = None, constructor: str 
 
 def export(path: Path, output: Path, preset: str | None = None) -> None:
     """`isonet-fast export`: the weights of a checkpoint (see `run`) as one plain state_dict, in `output`."""
-    weights.check_suffix(output)
+    weights.check_target(output)
     model, settled = network(path, preset=preset)
     weights.write(model, settled.model, output)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights of {path} written to {output}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -34,16 +35,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Every writer has its own. A killed process leaves its one behind: see `sweep`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = temporary_beside(path)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with disk_errors_naming(path):
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
 
 
 @contextmanager
@@ -56,7 +65,7 @@ def disk_errors_naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
 

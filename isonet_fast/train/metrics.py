@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Log:
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # metrics.csv has the same numbers, and what ended the run is the news
+                self.writer.close()
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():

@@ -21,7 +21,7 @@ _KEY = "isonet_fast"  # of the configuration in a file's metadata: the state_dic
 
 def write(model: nn.Module, config: Model, path: Path) -> None:
     """Write the weights of `model`, which `config` builds, whole or not at all, in the format of the path's suffix."""
-    check_suffix(path)
+    check_target(path)
     state: Any = model.state_dict()  # an OrderedDict with the attribute _metadata, kept by torch.save and torch.load
     with replacing(path) as temporary, disk_errors_naming(path):
         if path.suffix == ".pt":
@@ -34,11 +34,21 @@ def write(model: nn.Module, config: Model, path: Path) -> None:
             temporary.write_bytes(packed)  # not save_file: its error for a full disk is no OSError
 
 
-def check_suffix(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """ValueError for another suffix, and for a file that is there and was not written by `write`."""
     if path.suffix not in SUFFIXES:
         raise ValueError(f"the file to write must end in {' or '.join(SUFFIXES)}, got {path}")
     if path.suffix == ".safetensors":
         import_safetensors()
+    if path.is_file() and not _written_here(path):
+        raise ValueError(f"{path} is there already and is no exported file: choose another name, or remove it")
+
+
+def _written_here(path: Path) -> bool:
+    try:
+        return read(path)[1] is not None
+    except ValueError:
+        return False
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any] | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,96 @@ def test_report_on_a_network_of_ones_own(
     torch.save({"0.weight": torch.ones(4, 2, 3, 3)}, "mine.pt")
     assert main([*report, "networks_of_mine:network"]) == 1
     assert "mine.pt does not fit this Sequential: missing 0.bias, 2.weight, 2.bias" in capsys.readouterr().err
+
+
+# -- what the machine does not give -----------------------------------------------------
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The kernel refuses to write more into a file, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_a_full_disk_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with files_of_at_most(5000):
+        assert main([*NEW, "--output", str(run)]) == 1
+    err = capsys.readouterr().err
+    assert err == f"isonet-fast: [Errno 27] File too large: '{run}/latest.pt'; nothing has been saved yet.\n"
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_export_to_a_place_that_does_not_take_it(
+    kind: str, weights: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(kind) if kind == "safetensors" else None
+    theirs = tmp_path / "theirs.pt"
+    torch.save(weights, theirs)
+    export = ["export", str(theirs)]
+    with files_of_at_most(5000):
+        assert main([*export, str(tmp_path / f"out.{kind}")]) == 1
+    assert capsys.readouterr().err == f"isonet-fast: [Errno 27] File too large: '{tmp_path}/out.{kind}'\n"
+    (tmp_path / "file").write_text("theirs")
+    (tmp_path / f"directory.{kind}").mkdir()
+    for out, reason in {
+        f"file/out.{kind}": f"[Errno 20] Not a directory: '{tmp_path}/file'",
+        f"directory.{kind}": f"[Errno 21] Is a directory: '{tmp_path}/directory.{kind}'",
+        "file": f"the file to write must end in .pt or .safetensors, got {tmp_path}/file",
+    }.items():
+        assert main([*export, str(tmp_path / out)]) == 1
+        assert capsys.readouterr().err == f"isonet-fast: {reason}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"directory.{kind}", "file", "theirs.pt"]
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_export_writes_over_its_own_files_only(
+    kind: str, weights: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip(kind) if kind == "safetensors" else None
+    theirs = tmp_path / "theirs.pt"
+    torch.save(weights, theirs)
+    out = tmp_path / f"out.{kind}"
+    for _ in range(2):
+        assert main(["export", str(theirs), str(out)]) == 0
+    (tmp_path / "junk.pt").write_text("junk")
+    for there in (theirs, tmp_path / "junk.pt"):
+        before = there.read_bytes()
+        assert main(["export", str(theirs), str(there)]) == 1
+        assert f"{there} is there already and is no exported file" in capsys.readouterr().err
+        assert there.read_bytes() == before
+
+
+@pytest.mark.parametrize("rank", ["", "1", "x"])
+def test_without_torchrun_RANK_means_nothing(
+    rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A diverged run of rank 1 leaves the message to rank 0."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*NEW, "--output", str(tmp_path), "--set", "optimizer.lr=1e12"]) == 1
+    said = capsys.readouterr()
+    assert "isonet-fast: non-finite loss at step 2" in said.err
+    assert "torchrun did not start this process: it trains alone" in said.out
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+def test_with_torchrun_the_numbers_must_be_there(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv(variable, "")
+    assert main([*NEW, "--output", str(tmp_path / "run")]) == 1
+    assert (
+        f"the environment variable {variable} must be a number as torchrun sets it, got ''" in capsys.readouterr().err
+    )

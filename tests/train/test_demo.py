@@ -285,6 +285,20 @@ def test_epochs_must_be_positive(training_fails, capsys, tmp_path, epochs):
     assert capsys.readouterr().err == f"isonet-fast: epochs must be at least 1, got {epochs}\n"
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--seed", "-1"], "seed must be from 0 to 2**32 - 1, got -1"),
+        (["--seed", str(2**32)], "seed must be from 0 to 2**32 - 1, got 4294967296"),
+        (["--lr", "nan"], "lr must be positive and finite, got nan"),
+        (["--lr", "0"], "lr must be positive and finite, got 0.0"),
+    ],
+)
+def test_numbers_out_of_range(training_fails, capsys, tmp_path, words, message):
+    assert cli.main(["demo", *words, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"isonet-fast: {message}\n"
+
+
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
     def train(*args):
         raise KeyboardInterrupt
