@@ -48,6 +48,15 @@ def test_every_key_is_decided() -> None:
     assert all(rule.why for rule in resuming.RULES.values())
 
 
+def test_the_document_has_the_table() -> None:
+    """docs/training.md, one line per rule."""
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for rule in dict.fromkeys(resuming.RULES.values()):
+        keys = ", ".join(f"`{key}`" for key, its in resuming.RULES.items() if its == rule)
+        line = f"| {keys} | {'takes effect' if rule.effective else 'refused'} | {rule.why} |"
+        assert line in text.splitlines(), f"docs/training.md lacks the line\n{line}"
+
+
 def groups(run: Run, name: str) -> set[float]:
     return {group[name] for group in run.optimizer.param_groups}
 
