@@ -13,9 +13,9 @@ import torch
 from .. import __version__, environment
 from . import config, demo, distributed, evaluate, launch
 from .divergence import Diverged
-from .files import user_path
 from .interrupts import Interrupted
 from .loader import WorkerDied
+from .paths import user_path
 from .terminal import lasting_output, printable
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..geometry import PENALTIES
 from . import plain_yaml
-from .files import user_path
+from .paths import user_path
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 _AT_MOST = {

@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 from .config import Data
 from .digits import digits
 from .examples import Source
-from .files import user_path
 from .import_torchvision import import_torchvision
+from .paths import user_path
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")
 

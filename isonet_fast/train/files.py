@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import secrets
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +15,6 @@ from pathlib import Path
 
 class Damaged(ValueError):
     """The file, or the directory, is not what was written."""
-
-
-def user_path(text: str) -> Path:
-    """A path as it was typed, except that `~` and `~name` are directories of users, as in a shell: also as there, the
-    name of no user stays what it is."""
-    return Path(os.path.expanduser(text))
-
-
-def to_resume(directory: Path) -> str:
-    """The command that goes on with the run in `directory`, as it can be pasted into a shell."""
-    return f"isonet-fast train --resume {shlex.quote(str(directory))}"
 
 
 @contextmanager

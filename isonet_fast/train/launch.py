@@ -12,8 +12,9 @@ from ..safe_load import few
 from . import checkpoint, config, distributed, lock, resuming
 from .config import Config
 from .distributed import Processes
-from .files import disk_errors_naming, is_temporary, to_resume
+from .files import disk_errors_naming, is_temporary
 from .loop import Run
+from .paths import to_resume
 
 _LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
 

@@ -29,10 +29,11 @@ from .datasets import open_source
 from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .examples import Corrupt
-from .files import sweep, to_resume
+from .files import sweep
 from .interrupts import Interrupted, Signals
 from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
+from .paths import to_resume
 from .validation import to_device, validate
 
 _KEYS = (

@@ -21,7 +21,7 @@ TRIALS: dict[str, Callable[[Case], None]] = {
     "shared_scale": networks.shared_scale,
     "network": networks.network,
 }
-ODDS = {kind: 5 for kind in TRIALS} | {
+ODDS = dict.fromkeys(TRIALS, 5) | {
     "srelu": 60,
     "residual_srelu": 60,
     "orthogonality_loss": 30,

@@ -11,7 +11,7 @@ import pytest
 
 from isonet_fast.train import checkpoint
 from isonet_fast.train.cli import main, parser
-from isonet_fast.train.files import to_resume
+from isonet_fast.train.paths import to_resume
 from isonet_fast.train.terminal import printable
 
 from .test_commands import FOLDER, words
