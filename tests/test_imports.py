@@ -1,0 +1,48 @@
+"""Imports go one way: no module of the package comes back to itself through what it imports, at the top or inside."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import isonet_fast
+
+ROOT = Path(isonet_fast.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules of the package that `name` imports when it runs, not only when its types are checked."""
+    package = name.split(".") if MODULES[name].name == "__init__.py" else name.split(".")[:-1]
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    typing = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing or not isinstance(node, ast.ImportFrom):
+            continue
+        above = package[: len(package) - node.level + 1] if node.level else []
+        module = ".".join([*above, *(node.module or "").split(".")]).rstrip(".")
+        for alias in node.names:
+            target = f"{module}.{alias.name}"
+            yield target if target in MODULES else module
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph = {
+        name: {target for target in imports(name) if target in MODULES and target != "isonet_fast"} for name in MODULES
+    }
+    assert len(graph) > 50 and "isonet_fast.reference" in graph["isonet_fast"]
+    del graph["isonet_fast"]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from None
