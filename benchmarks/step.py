@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from isonet_fast import OrthoRegularizer, param_groups
 from isonet_fast.models.official import official
-from isonet_fast.train.import_torchvision import import_torchvision
+from isonet_fast.train.data.import_torchvision import import_torchvision
 
 from .bench_orthogonality import penalised
 from .bench_orthogonality import truth as penalty_truth

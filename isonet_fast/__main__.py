@@ -2,7 +2,7 @@
 
 import sys
 
-from isonet_fast.train.cli import main
+from isonet_fast.train.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,9 +23,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
-from isonet_fast.train import checkpoint, dcp
-from isonet_fast.train.cli import main
-from isonet_fast.train.import_torchvision import import_torchvision
+from isonet_fast.train.commands.cli import main
+from isonet_fast.train.data.import_torchvision import import_torchvision
+from isonet_fast.train.saving import checkpoint, dcp
 
 FORBIDDEN = {
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn",

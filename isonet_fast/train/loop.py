@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from ..param_groups import param_groups
 from ..regularizer import OrthoRegularizer
-from . import checkpoint, schedule, snapshot
+from . import schedule, snapshot
 from .build import autocast, build_model
 from .config import Config
-from .datasets import open_source
+from .data.datasets import open_source
+from .data.loader import Batch, Loader, WorkerDied, naming_dead_workers
+from .data.source import Corrupt
 from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
-from .examples import Corrupt
-from .files import sweep
 from .interrupts import Interrupted, Signals
-from .loader import Batch, Loader, WorkerDied, naming_dead_workers
 from .metrics import Log, Sums, progress
 from .paths import to_resume
+from .saving import checkpoint
+from .saving.files import sweep
 from .validation import to_device, validate
 
 _KEYS = (

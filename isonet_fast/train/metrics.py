@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..safe_load import few
 from .distributed import Processes
-from .files import disk_errors_naming, replacing
+from .saving.files import disk_errors_naming, replacing
 
 COLUMNS = (
     "epoch", "step", "lr", "loss", "penalty", "top1", "top5", "val_loss", "val_top1", "val_top5", "images_per_second",

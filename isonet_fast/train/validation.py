@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .build import autocast
 from .config import Config
-from .examples import Corrupt
-from .loader import Loader
+from .data.loader import Loader
+from .data.source import Corrupt
 from .metrics import Sums
 
 

@@ -25,8 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from isonet_fast.train import launch
-from isonet_fast.train.cli import main
+from isonet_fast.train.commands import launch
+from isonet_fast.train.commands.cli import main
 from isonet_fast.train.loop import Run
 
 RANK, RESTART = int(os.environ.get("RANK", 0)), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from isonet_fast.train import checkpoint
+from isonet_fast.train.saving import checkpoint
 
 from ..train.conftest import photographs_in
 from .lab import EVERY, STEPS, Children, Lab, Outcome, compare, expect, expect_error, new, no_litter, resume

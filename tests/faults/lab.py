@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from isonet_fast.train import checkpoint
+from isonet_fast.train.saving import checkpoint
 
 from ..train.conftest import SMALL
 from ..train.test_loop import rows, same

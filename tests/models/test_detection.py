@@ -6,7 +6,7 @@ from torch import nn
 
 from isonet_fast import OrthoRegularizer
 from isonet_fast.models import isonet_cifar
-from isonet_fast.train.import_torchvision import import_torchvision
+from isonet_fast.train.data.import_torchvision import import_torchvision
 
 
 @pytest.fixture

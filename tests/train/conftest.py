@@ -51,7 +51,7 @@ def photographs_in(root: Path) -> None:
 
 def folder(part: Path, transform: Any = None) -> Any:
     """The images of DIR/train or DIR/val."""
-    from isonet_fast.train.imagefolder import ImageFolder, class_folders, images_of
-    from isonet_fast.train.transforms import evaluation
+    from isonet_fast.train.data.imagefolder import ImageFolder, class_folders, images_of
+    from isonet_fast.train.data.transforms import evaluation
 
     return ImageFolder(images_of(part), class_folders(part), transform or evaluation(16))

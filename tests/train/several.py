@@ -57,7 +57,7 @@ class Noisy(nn.Module):
 
 def run(arguments: list[str], fault: Any, rank: int) -> int:
     from isonet_fast.train import loop
-    from isonet_fast.train.cli import main
+    from isonet_fast.train.commands.cli import main
 
     kind, where, when = fault or ("", -1, -1)
     real_step, real_build = loop.Run._train_step, loop.build_model

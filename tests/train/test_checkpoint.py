@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isonet_fast.train import checkpoint
+from isonet_fast.train.saving import checkpoint
 
 
 def state(n: int) -> dict:

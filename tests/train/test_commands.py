@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from isonet_fast import models
-from isonet_fast.train import checkpoint, evaluate, lock
 from isonet_fast.train.build import NETWORKS
-from isonet_fast.train.cli import main
+from isonet_fast.train.commands import evaluate
+from isonet_fast.train.commands.cli import main
+from isonet_fast.train.saving import checkpoint, lock
 
 from .conftest import SMALL
 
@@ -154,7 +155,7 @@ def test_out_of_memory(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("isonet_fast.train.launch.Run", fails)
+    monkeypatch.setattr("isonet_fast.train.commands.launch.Run", fails)
     assert main(["train", "--config", "isonet_digits", "--output", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("isonet-fast: out of memory; try a smaller data.batch_size") and said.count("\n") == 1

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from isonet_fast.train.config import Config, Data
-from isonet_fast.train.datasets import Synthetic, open_source
-from isonet_fast.train.loader import Loader, WorkerDied, naming_dead_workers
+from isonet_fast.train.data.datasets import Synthetic, open_source
+from isonet_fast.train.data.loader import Loader, WorkerDied, naming_dead_workers
 
 from .conftest import folder
 
@@ -27,7 +27,7 @@ from .conftest import folder
 
 @pytest.fixture
 def transforms() -> ModuleType:
-    from isonet_fast.train import transforms
+    from isonet_fast.train.data import transforms
 
     return transforms
 
@@ -182,7 +182,7 @@ def test_training_crops_part_of_the_image_and_flips_it(transforms: ModuleType) -
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, np.ndarray, np.ndarray]:
     """Both data sets as their archives unpack, four images a file (20 in CIFAR-100's train), with the sums to match."""
-    from isonet_fast.train import cifar as archives
+    from isonet_fast.train.data import cifar as archives
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (24, 3072), dtype=np.uint8)
@@ -273,7 +273,7 @@ def test_a_cut_cifar_file(cifar: tuple) -> None:
 
 def test_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install, and without replacing the torch that is there."""
-    from isonet_fast.train.import_torchvision import import_torchvision
+    from isonet_fast.train.data.import_torchvision import import_torchvision
 
     monkeypatch.setitem(sys.modules, "torchvision", None)
     version = torch.__version__.partition("+")[0]

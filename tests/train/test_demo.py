@@ -14,8 +14,8 @@ from torch import nn
 from isonet_fast import OrthoRegularizer, SReLU
 from isonet_fast.models import isonet_cifar
 from isonet_fast.models.official import official_penalty
-from isonet_fast.train import cli, demo
-from isonet_fast.train.digits import digits
+from isonet_fast.train.commands import cli, demo
+from isonet_fast.train.data.digits import digits
 from isonet_fast.train.divergence import Diverged, first_nonfinite
 
 pytest.importorskip("sklearn", reason="the demo's data come with scikit-learn: pip install 'isonet_fast[demo]'")

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from isonet_fast.train import checkpoint, dcp, evaluate
-from isonet_fast.train.cli import main
-from isonet_fast.train.loader import Order
+from isonet_fast.train.commands import evaluate
+from isonet_fast.train.commands.cli import main
+from isonet_fast.train.data.loader import Order
+from isonet_fast.train.saving import checkpoint, dcp
 
 from .conftest import SMALL
 from .several import Command, run, torchrun

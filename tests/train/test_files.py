@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isonet_fast.train.files import disk_errors_naming, replacing, sweep
+from isonet_fast.train.saving.files import disk_errors_naming, replacing, sweep
 
 
 def listing(directory):

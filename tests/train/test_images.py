@@ -19,10 +19,10 @@ pytest.importorskip("PIL", reason="the images are read with Pillow")
 from PIL import Image
 
 from isonet_fast.train.config import Data
-from isonet_fast.train.datasets import open_source
-from isonet_fast.train.examples import Corrupt, Source
-from isonet_fast.train.images import FORMATS, read_image
-from isonet_fast.train.loader import Loader
+from isonet_fast.train.data.datasets import open_source
+from isonet_fast.train.data.images import FORMATS, read_image
+from isonet_fast.train.data.loader import Loader
+from isonet_fast.train.data.source import Corrupt, Source
 
 from .conftest import folder
 
@@ -280,7 +280,7 @@ def test_links_to_images_elsewhere_are_followed(photographs: Path, tmp_path: Pat
 
 def test_the_order_is_that_of_torchvision(photographs: Path) -> None:
     """Runs that older versions began go on with the same images."""
-    from isonet_fast.train.import_torchvision import import_torchvision
+    from isonet_fast.train.data.import_torchvision import import_torchvision
 
     import_torchvision()
     from torchvision import datasets

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from isonet_fast.train import checkpoint, interrupts
+from isonet_fast.train import interrupts
 from isonet_fast.train.interrupts import Signals
+from isonet_fast.train.saving import checkpoint
 
 from .test_commands import words
 
@@ -62,7 +63,7 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 AS_ITS_TERMINAL = (
     "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-    "from isonet_fast.train.cli import main; sys.exit(main())"
+    "from isonet_fast.train.commands.cli import main; sys.exit(main())"
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from isonet_fast.train import lock
+from isonet_fast.train.saving import lock
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork and SIGKILL are POSIX")
 

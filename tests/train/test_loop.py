@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from isonet_fast.train import checkpoint, loop
+from isonet_fast.train import loop
 from isonet_fast.train.config import Config
 from isonet_fast.train.divergence import Diverged
 from isonet_fast.train.interrupts import Interrupted
 from isonet_fast.train.loop import Run
+from isonet_fast.train.saving import checkpoint
 
 from .several import Noisy
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from isonet_fast.train import checkpoint
-from isonet_fast.train.cli import main, parser
+from isonet_fast.train.commands.cli import main, parser
 from isonet_fast.train.paths import to_resume
+from isonet_fast.train.saving import checkpoint
 from isonet_fast.train.terminal import printable
 
 from .test_commands import FOLDER, words

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from isonet_fast.train import checkpoint, config, resuming, schedule
-from isonet_fast.train.cli import main
+from isonet_fast.train import config, schedule
+from isonet_fast.train.commands.cli import main
 from isonet_fast.train.config import Config
 from isonet_fast.train.interrupts import Interrupted
 from isonet_fast.train.loop import Run
+from isonet_fast.train.saving import checkpoint, resuming
 
 from .test_loop import stop_at
 

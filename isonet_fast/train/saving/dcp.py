@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..safe_load import read_checkpoint
+from ...safe_load import read_checkpoint
 from .files import Damaged, discard, disk_errors_naming, sync, temporary_beside
 
 if TYPE_CHECKING:
-    from .distributed import Processes
+    from ..distributed import Processes
 
 _MANIFEST = "manifest.json"
 

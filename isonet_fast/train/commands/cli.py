@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__, environment
-from . import config, demo, distributed, evaluate, launch
-from .divergence import Diverged
-from .interrupts import Interrupted
-from .loader import WorkerDied
-from .paths import user_path
-from .terminal import lasting_output, printable
+from ... import __version__, environment
+from .. import config, distributed
+from ..data.loader import WorkerDied
+from ..divergence import Diverged
+from ..interrupts import Interrupted
+from ..paths import user_path
+from ..terminal import lasting_output, printable
+from . import demo, evaluate, launch
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .examples import Source
+from .source import Source
 from .transforms import cifar_evaluation, cifar_training  # first: it comes by import_torchvision
 
 # isort: split

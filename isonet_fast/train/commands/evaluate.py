@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import diagnostics
-from ..models.isonet import BLOCKS, BOTTLENECK
-from ..models.load_official import load_weights
-from ..safe_load import few, weights_in
-from . import checkpoint, config, weights
-from .build import build_model, choose_device, construct
-from .config import Config, Model
-from .datasets import open_source
-from .loader import Loader
-from .validation import validate
+from ... import diagnostics
+from ...models.isonet import BLOCKS, BOTTLENECK
+from ...models.load_official import load_weights
+from ...safe_load import few, weights_in
+from .. import config
+from ..build import build_model, choose_device, construct
+from ..config import Config, Model
+from ..data.datasets import open_source
+from ..data.loader import Loader
+from ..saving import checkpoint, weights
+from ..validation import validate
 
 _OURS = {"format", "config", "model"}  # keys of a checkpoint of this trainer, among others
 

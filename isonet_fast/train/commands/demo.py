@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models import isonet_cifar
-from ..models.official import bare, official, official_penalty
-from ..param_groups import param_groups
-from ..regularizer import OrthoRegularizer
-from .digits import digits
-from .divergence import Diverged, first_nonfinite
-from .files import disk_errors_naming, replacing
+from ...models import isonet_cifar
+from ...models.official import bare, official, official_penalty
+from ...param_groups import param_groups
+from ...regularizer import OrthoRegularizer
+from ..data.digits import digits
+from ..divergence import Diverged, first_nonfinite
+from ..saving.files import disk_errors_naming, replacing
 
 DEPTH, BATCH, LR, MOMENTUM, WEIGHT_DECAY, GAMMA, WARMUP = 32, 32, 0.005, 0.9, 1e-4, 1e-4, 2
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .examples import Corrupt
+from .source import Corrupt
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # By what a file holds, whatever its name says. Pillow has more decoders: that of EPS starts Ghostscript.

@@ -8,13 +8,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..safe_load import few
-from . import checkpoint, config, distributed, lock, resuming
-from .config import Config
-from .distributed import Processes
-from .files import disk_errors_naming, is_temporary
-from .loop import Run
-from .paths import to_resume
+from ...safe_load import few
+from .. import config, distributed
+from ..config import Config
+from ..distributed import Processes
+from ..loop import Run
+from ..paths import to_resume
+from ..saving import checkpoint, lock, resuming
+from ..saving.files import disk_errors_naming, is_temporary
 
 _LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
 

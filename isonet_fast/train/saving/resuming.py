@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .config import Config
+from ..config import Config
 
 
 class Rule(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from .terminal import printable
+from ..terminal import printable
 
 
 class Corrupt(Exception):

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .examples import Source
+from ..terminal import printable
 from .images import EXTENSIONS, read_image
-from .terminal import printable
+from .source import Source
 from .transforms import evaluation, training
 
 Images = dict[str, list[str]]  # of every class

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .distributed import ALONE, Processes
-from .examples import Corrupt, Examples
-from .interrupts import held_back, leave_group
+from ..distributed import ALONE, Processes
+from ..interrupts import held_back, leave_group
+from .source import Corrupt, Examples
 
 
 class WorkerDied(RuntimeError):

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..safe_load import read_checkpoint
+from ...safe_load import read_checkpoint
+from ..distributed import Processes
 from . import dcp
-from .distributed import Processes
 from .files import Damaged, discard, disk_errors_naming, replacing
 
 FORMAT = 2

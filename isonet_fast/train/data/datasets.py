@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from .config import Data
+from ..config import Data
+from ..paths import user_path
 from .digits import digits
-from .examples import Source
 from .import_torchvision import import_torchvision
-from .paths import user_path
+from .source import Source
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..safe_load import import_safetensors, read_checkpoint, read_safetensors
-from .config import Model
+from ...safe_load import import_safetensors, read_checkpoint, read_safetensors
+from ..config import Model
 from .files import disk_errors_naming, replacing
 
 SUFFIXES = (".pt", ".safetensors")
