@@ -32,7 +32,7 @@ def deconvert(model: nn.Module) -> nn.Module:
     every convolution, and torch.jit.script takes it.
 
     What a graph module does not keep: methods and attributes other than `forward` (`features`, `num_channels`), and the
-    fused kernels. Under torch.maximum a tie x == b shares its gradient between x and b, where SReLU gives it to b.
+    fused kernels. An SReLU of one's own network reads x as (N, C, ...), never as unbatched. Under torch.maximum a tie x == b shares its gradient between x and b, where SReLU gives it to b.
 
     Left as they are, and listed in one warning of the logger `isonet_fast.deconvert`: subclasses of our classes, whose
     own code needs this package, parametrized layers, and networks compiled by torch.compile or TorchScript. Raises
@@ -89,10 +89,12 @@ def _obstacle(module: nn.Module) -> str | None:
 
 class _SReLU(nn.Module):
     srelu_bias: Tensor
+    dims: int | None  # how many axes follow the channels'; None: all but the first two
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.srelu_bias.to(x.dtype)
-        return torch.maximum(x, bias.view([1, -1] + [1] * (x.dim() - 2)))
+        shape = [1, -1] + [1] * (x.dim() - 2) if self.dims is None else [-1] + [1] * self.dims
+        return torch.maximum(x, bias.view(shape))
 
 
 class _Join(_SReLU):
@@ -106,13 +108,14 @@ class _ScaledJoin(_SReLU):
 
 
 def _trace(module: nn.Module, parent: nn.Module | None) -> fx.Graph:
-    """The forward in standard operators, each child one call. Our blocks call their join with two tensors."""
+    """The forward in standard operators, each child one call. Our blocks hold 2-d layers and call a join with two."""
     within = parent is not None and _ours(type(parent))
     forwards: dict[type[nn.Module], type[nn.Module]] = {SReLU: _SReLU, ResidualSReLU: _Join if within else _ScaledJoin}
     plain = forwards.get(type(module))
     tracer = fx.Tracer()  # itself, no subclass of ours: a graph module remembers the tracer's class
     tracer.is_leaf_module = lambda *_: True  # type: ignore[method-assign]
-    graph = tracer.trace(module if plain is None else adopt(plain, module))
+    dims = 2 if within else getattr(module, "spatial_dims", None)
+    graph = tracer.trace(module if plain is None else adopt(plain, module, dims=dims))
     for node in graph.nodes:
         node.type = None  # an annotation would be written into the source, and TorchScript cannot read it there
     return graph

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import SReLU
-from .arguments import dropout_rate, positive
+from .arguments import dropout_rate, integer, positive, truth
 from .blocks import BasicBranch, BottleneckBranch, Head, conv, stage
 from .network import Network
 
@@ -38,8 +38,18 @@ class Stem(nn.Module):
 class ISONet(Network):
     """See `isonet18` to `risonet101`."""
 
-    def __init__(self, depth: int, residual: bool, num_classes: int, in_channels: int, dropout: float | None) -> None:
+    def __init__(
+        self,
+        depth: int,
+        residual: bool = False,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        dropout: float | None = None,
+    ) -> None:
         super().__init__()
+        depth, residual = integer("depth", depth), truth("residual", residual)
+        if depth not in BLOCKS:
+            raise ValueError(f"depth must be one of {', '.join(map(str, BLOCKS))}, got {depth}")
         num_classes, in_channels = positive("num_classes", num_classes), positive("in_channels", in_channels)
         dropout = dropout_rate(dropout, _DROPOUT[residual], "as published")
         branch = BottleneckBranch if depth in BOTTLENECK else BasicBranch

@@ -26,9 +26,20 @@ class ISONetCifar(Network):
     """See `isonet_cifar`."""
 
     def __init__(
-        self, depth: int, residual: bool, width: int, num_classes: int, in_channels: int, dropout: float
+        self,
+        depth: int,
+        residual: bool = False,
+        width: int = 16,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        dropout: float | None = None,
     ) -> None:
         super().__init__()
+        depth, width = integer("depth", depth), positive("width", width)
+        num_classes, in_channels = positive("num_classes", num_classes), positive("in_channels", in_channels)
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
+        residual, dropout = truth("residual", residual), dropout_rate(dropout, 0.0, "no such layer")
         blocks = (depth - 2) // 6
         self.feature_channels = {"s1": width, "s2": 2 * width, "s3": 4 * width}
         self.stem = CifarStem(in_channels, width)
@@ -52,10 +63,4 @@ def isonet_cifar(
     layer. Raises TypeError for an argument of another type; ValueError for another depth, for a width, classes or
     channels below 1, and for a dropout outside [0, 1).
     """
-    depth = integer("depth", depth)
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
-    sizes = dict(width=width, num_classes=num_classes, in_channels=in_channels)
-    sizes = {name: positive(name, value) for name, value in sizes.items()}
-    rate = dropout_rate(dropout, 0.0, "no such layer")
-    return ISONetCifar(depth, truth("residual", residual), **sizes, dropout=rate)
+    return ISONetCifar(depth, residual, width, num_classes, in_channels, dropout)
