@@ -89,6 +89,30 @@ def draw(rows: list[Row], kind: str, folder: Path) -> list[Path]:
     return paths
 
 
+def step(rows: list[Row], folder: Path) -> list[Path]:
+    """The README's picture: one measured training step, official, ours and bare."""
+    from matplotlib import pyplot as plt
+
+    device = [row["device"] for row in rows if row["op"] == "step"][-1]
+    own = [row for row in rows if row["device"] == device]
+    problem = cases(own, op="step")[0]
+    side = group(own, ("official", "isonet_fast", "bare"), **problem)
+    labels = {"official": "official arithmetic", "isonet_fast": "isonet_fast", "bare": "without SReLU and penalty"}
+    figure, axis = plt.subplots(figsize=(8, 1.9), layout="constrained")
+    drawn = axis.barh(list(labels.values()), [ms(side[p]) for p in labels], color=[COLOURS[p] for p in labels])
+    axis.bar_label(drawn, [f" {ms(side[p]):.0f} ms" for p in labels])
+    axis.invert_yaxis()
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.set(
+        xticks=[], title=f"one training step: {problem['case']}, {problem['dtype']}, on {device.removeprefix('cpu: ')}"
+    )
+    axis.title.set_fontsize(9)
+    path = folder / "step.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return [path]
+
+
 def peers(rows: list[Row], folder: Path) -> list[Path]:
     """What each way of keeping a convolution orthogonal adds to a step, and the singular values that it reaches."""
     from matplotlib import pyplot as plt
@@ -129,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device = rows[-1]["device"]
             for path in draw([row for row in rows if row["device"] == device], kind.lower(), folder):
                 print(path)
+    for path in step(on(timed, "GPU") or on(timed, "CPU"), folder):
+        print(path)
     compared = [row for row in everything if row["op"] == "peers"]
     for path in peers([row for row in compared if row["device"] == compared[-1]["device"]], folder):
         print(path)

@@ -1,4 +1,4 @@
-"""The README's tables, made from the rows: `python -m benchmarks.table` writes them, `--check` compares.
+"""The tables of the documentation, made from the rows: `python -m benchmarks.table` writes them, `--check` compares.
 
 A table stands between `<!-- benchmark:NAME -->` and `<!-- /benchmark -->`.
 """
@@ -15,7 +15,7 @@ from . import ROOT
 from .rows import Row, group, ms, read
 from .targets import SHOWN, cases, evaluate, on
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 MARKED = re.compile(r"(<!-- benchmark:([a-z-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 
@@ -33,6 +33,26 @@ def targets_table(rows: list[Row]) -> str:
         verdict = "" if outcome is None else "reached" if outcome.reached else "**not reached**"
         body.append([f"{target.device}: {target.what}", target.target, measured, verdict])
     return markdown(["", "target", "measured", ""], body)
+
+
+def results_table(rows: list[Row]) -> str:
+    """The README's four rows, of the device that measured them last: a GPU where one has."""
+    devices = [row["device"] for row in on(rows, "GPU") or on(rows, "CPU")]
+    own = [row for row in rows if devices and row["device"] == devices[-1]]
+    modes = ("loss+gradient graph", "loss+gradient")
+    shown = [("a training step", c) for c in cases(own, op="step")[:1]]
+    for network in ("isonet18", "risonet50"):
+        found = [c for mode in modes for c in cases(own, op="orthogonality", mode=mode, case=network)]
+        shown += [("penalty and its gradient", c) for c in found[:1]]
+    shown += [("SReLU, forward and backward", c) for c in cases(own, op="srelu", mode="forward+backward")[-1:]]
+    body = []
+    for what, problem in shown:
+        if side := group(own, ("official", "isonet_fast"), **problem):
+            official, ours = ms(side["official"]), ms(side["isonet_fast"])
+            name = f"{what}: {problem['case']} {problem['dtype']}"
+            body.append([name, f"{official:.4g}", f"{ours:.4g}", f"{official / ours:.2g}x"])
+    device = devices[-1].removeprefix("cpu: ") if devices else "(not measured)"
+    return markdown([f"ms on {device}", "official arithmetic", "isonet_fast", "faster"], body)
 
 
 def step_table(rows: list[Row]) -> str:
@@ -124,6 +144,7 @@ def peers_table(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "results": results_table,
     "targets": targets_table,
     "step": step_table,
     "penalty": penalty_table,
@@ -156,23 +177,30 @@ def render(text: str, rows: list[Row]) -> str:
         if name not in TABLES:
             raise ValueError(f"<!-- benchmark:{name} -->: the tables are {', '.join(TABLES)}")
         make = TABLES[name]
-        made = make(rows) if name == "targets" else by_device(make, rows)
+        made = make(rows) if name in ("targets", "results") else by_device(make, rows)
         return f"{opening}{made}{closing}"
 
     return MARKED.sub(table, text)
 
 
-def main(arguments: Sequence[str] | None = None, readme: Path = README) -> int:
+def main(arguments: Sequence[str] | None = None, pages: Sequence[Path] = PAGES) -> int:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--check", action="store_true", help="fail where a table differs from its rows")
     check = options.parse_args(arguments).check
-    text = readme.read_text()
-    made = render(text, read())
-    if check and made != text:
-        print(f"{readme.name}: tables differ from benchmarks/results: python -m benchmarks.table", file=sys.stderr)
+    measured, different = read(), []
+    for page in pages:
+        text = page.read_text()
+        made = render(text, measured)
+        if made != text:
+            different.append(page.name)
+            if not check:
+                page.write_text(made)
+    if check and different:
+        print(
+            f"{', '.join(different)}: tables differ from benchmarks/results: python -m benchmarks.table",
+            file=sys.stderr,
+        )
         return 1
-    if made != text:
-        readme.write_text(made)
     return 0
 
 
