@@ -18,6 +18,7 @@
 namespace isonet_fast {
 
 constexpr int kThreads = 256;
+constexpr int kFullGrid = 4 * 132;  // the blocks that an H100 or H200 runs at once; on every GPU, as all else here
 
 // n / divisor for 0 <= n < 2^63 as one multiplication and a shift (Granlund and Montgomery, 1994).
 struct Divide {
@@ -76,7 +77,7 @@ inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // `extent` holds at least one element. With sums, a block must be long enough to be worth its partial row and
 // the rows few enough to be added by one small kernel: at most about 2,048 blocks of at least 4 vectors per thread.
-// Without, 8 vectors per thread are one or two rounds of loads.
+// Without, 8 vectors per thread are two or four rounds of loads; 4 while that leaves multiprocessors without a block.
 inline Partition make_partition(const Extent& extent, int vector, bool sums) {
   Partition p{};
   p.vector = vector;
@@ -85,8 +86,9 @@ inline Partition make_partition(const Extent& extent, int vector, bool sums) {
   const int64_t numel = extent.numel();
   p.vectors = numel / vector;
   p.tail = static_cast<int>(numel % vector);
-  const int64_t wanted =
-      sums ? clamp(ceil_div(p.vectors, kThreads * 4), 1, 2048) : ceil_div(p.vectors + 1, kThreads * 8);
+  const int64_t small = ceil_div(p.vectors + 1, kThreads * 4);
+  const int64_t wanted = sums ? clamp(ceil_div(p.vectors, kThreads * 4), 1, 2048)
+                              : clamp(ceil_div(p.vectors + 1, kThreads * 8), small < kFullGrid ? small : kFullGrid, small);
 
   // Runs of at least 512 bytes, one warp's access, for the planes walk.
   p.planes = extent.inner % vector == 0 && extent.inner / vector >= 32;

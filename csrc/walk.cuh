@@ -10,7 +10,10 @@
 //
 // What makes it fast: these ops are pure memory traffic, so a thread asks for 4 to 6 vectors of 16 bytes before it
 // uses the first (kRounds), divisions are two multiplications (Divide) once per vector or per thread, and the
-// grid is thousands of equal blocks. No cache hints: y is the next convolution's input.
+// grid is thousands of equal blocks. They walk from the tensor's end to its start: the end is what the convolution
+// before wrote last, and so what the cache still holds; and the start is what the one after reads first. A backward
+// reads its inputs for the last time, so that they need not stay in the cache (load); its outputs, and y, are the next
+// convolution's inputs.
 //
 // What makes it deterministic: a block writes its sums to its own partial row; finish_kernel adds the rows in a
 // fixed order. No atomics. The partition depends on the shape alone (partition.h), not on the GPU.
@@ -32,6 +35,15 @@
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* const name = reinterpret_cast<type*>(name##_raw)
 #define ISONET_FAST_COUNT(what, bytes)
+// A grid may be launched while the one before it still runs, once all of that one's blocks have called the first;
+// what they write can be read after the second (programmatic dependent launch).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define ISONET_FAST_LET_NEXT_GRID_START() asm volatile("griddepcontrol.launch_dependents;")
+#define ISONET_FAST_AWAIT_GRID() asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define ISONET_FAST_LET_NEXT_GRID_START()
+#define ISONET_FAST_AWAIT_GRID()
+#endif
 #endif
 
 namespace isonet_fast {
@@ -80,10 +92,14 @@ struct Loaded {
   }
 };
 
-template <typename T, int V>
+template <typename T, int V, bool kLast = false>
 __device__ __forceinline__ Loaded<T, V> load(const T* address) {
   ISONET_FAST_COUNT(read, sizeof(T) * V);
-  return {*reinterpret_cast<const typename Loaded<T, V>::Word*>(address)};
+  const auto* const word = reinterpret_cast<const typename Loaded<T, V>::Word*>(address);
+#ifdef __CUDA_ARCH__
+  if constexpr (kLast) return {__ldcs(word)};  // the first to leave the cache
+#endif
+  return {*word};
 }
 
 template <typename T, int V>
@@ -191,7 +207,9 @@ __global__ void __launch_bounds__(kThreads)
     planes_kernel(Operands<T> operands, Partition p, Partials<typename Element<T>::Sum> partials) {
   using A = typename Element<T>::Sum;
   constexpr int U = kRounds<Formula>;
-  const int64_t split = p.by_tiles(blockIdx.x), channel = blockIdx.x - split * p.tiles;
+  if constexpr (Formula::kSumsBias) ISONET_FAST_LET_NEXT_GRID_START();  // finish_kernel's
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const int64_t split = p.by_tiles(block), channel = block - split * p.tiles;
   const int64_t begin = split * p.span, end = begin + p.span < p.length ? begin + p.span : p.length;
 
   Registers<T, V> r;
@@ -209,7 +227,7 @@ __global__ void __launch_bounds__(kThreads)
       at[u] = ((outer * p.channels + channel) * p.plane + (i - outer * p.plane)) * V;
 #pragma unroll
       for (int k = 0; k < Formula::kReads; ++k)
-        if (i < end) in[u][k] = load<T, V>(operands.in[k] + at[u]);
+        if (i < end) in[u][k] = load<T, V, Formula::kSumsBias>(operands.in[k] + at[u]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u)
@@ -222,10 +240,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int v = 1; v < V; ++v) sum += r.grad_bias[v];
     sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) write_partial(partials.bias + blockIdx.x, sum);
+    if (threadIdx.x == 0) write_partial(partials.bias + block, sum);
     if constexpr (Formula::kSumsScale) {
       const A scale_sum = block_sum(r.grad_scale, shared);
-      if (threadIdx.x == 0) write_partial(partials.scale + blockIdx.x, scale_sum);
+      if (threadIdx.x == 0) write_partial(partials.scale + block, scale_sum);
     }
   }
 }
@@ -235,7 +253,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
     columns_kernel(Operands<T> operands, Partition p, Partials<typename Element<T>::Sum> partials) {
   using A = typename Element<T>::Sum;
   constexpr int U = kRounds<Formula>;
-  const int64_t split = p.by_tiles(blockIdx.x), tile = blockIdx.x - split * p.tiles;
+  if constexpr (Formula::kSumsBias) ISONET_FAST_LET_NEXT_GRID_START();  // finish_kernel's
+  const int64_t block = gridDim.x - 1 - blockIdx.x;
+  const int64_t split = p.by_tiles(block), tile = block - split * p.tiles;
   const int64_t begin = split * p.span, end = begin + p.span < p.length ? begin + p.span : p.length;
   const int y = threadIdx.x / p.tile_columns, x = threadIdx.x - y * p.tile_columns;
   const int64_t column = tile * p.tile_columns + x;
@@ -263,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
         const int64_t row = first + u * p.tile_rows, i = row * p.columns + column;
 #pragma unroll
         for (int k = 0; k < Formula::kReads; ++k)
-          if (row < stop) in[u][k] = load<T, V>(operands.in[k] + i * V);
+          if (row < stop) in[u][k] = load<T, V, Formula::kSumsBias>(operands.in[k] + i * V);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
@@ -279,7 +299,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
         if (v < p.tail) {
           Loaded<T, 1> in[Formula::kReads];
 #pragma unroll
-          for (int k = 0; k < Formula::kReads; ++k) in[k] = load<T, 1>(operands.in[k] + p.vectors * V + v);
+          for (int k = 0; k < Formula::kReads; ++k) in[k] = load<T, 1, Formula::kSumsBias>(operands.in[k] + p.vectors * V + v);
           apply<Formula>(operands, p.vectors * V + v, in, r, v);
         }
       }
@@ -302,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
       rows = kept;
       __syncthreads();
     }
-    A* const row = partials.bias + blockIdx.x * static_cast<int64_t>(p.slots);
+    A* const row = partials.bias + block * p.slots;
     if (p.inner == 1) {
       for (int c = threadIdx.x; c < width; c += blockDim.x) write_partial(row + c, sums[c]);
     } else {
@@ -319,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Formula>)
     }
     if constexpr (Formula::kSumsScale) {
       const A scale_sum = block_sum(r.grad_scale, shared);
-      if (threadIdx.x == 0) write_partial(partials.scale + blockIdx.x, scale_sum);
+      if (threadIdx.x == 0) write_partial(partials.scale + block, scale_sum);
     }
   }
 }
@@ -361,6 +381,7 @@ __global__ void __launch_bounds__(kThreads)
     finish_kernel(Partials<A> partials, Partition p, Gradient grad_bias, Gradient grad_scale) {
   ISONET_FAST_SHARED(A, shared);
   A sum = A(0);
+  ISONET_FAST_AWAIT_GRID();
   if (blockIdx.x < p.channels) {
     // With repeats (see partition.h) the channel occurs several times in a row of columns.
     const int64_t width = p.tile_width, channel = blockIdx.x;

@@ -62,7 +62,8 @@ def rows(architectures: tuple[int, ...] = ARCHITECTURES) -> tuple[list[dict], li
     table = [row for part in compiled for row in part]
     failures = [failure for row in table for failure in gate(row)]
     for row in table:
-        del row["stack"], row["vector"]
+        for column in ("stack", "vector", "last_loads", "grid"):
+            del row[column]
     return table, failures
 
 
@@ -122,6 +123,8 @@ def instructions(sass: str, mangled: str) -> dict:
     return {
         "loads_128": len(re.findall(r"\bLDG\.E\.128\b|\bLDG\.E\.\w+\.128\b|\bLDG\.E\.128\.", body)),
         "stores_128": len(re.findall(r"\bSTG\.E\.128\b|\bSTG\.E\.\w+\.128\b", body)),
+        "last_loads": len(re.findall(r"\bLDG\.E\.EF\.128\b", body)),  # evicted first
+        "grid": "waits" if "ACQBULK" in body else "lets the next one start" if "PREEXIT" in body else "",
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA)\b", body)),
         "async_loads": len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", body)),
     }
@@ -139,4 +142,16 @@ def gate(row: dict) -> list[str]:
         for found, wanted, what in zip((row["loads_128"], row["stores_128"]), expected, ("loads", "stores")):
             if found < wanted:
                 failures.append(f"{name}: {found} {what} of 16 bytes, {wanted} expected")
-    return failures
+        if "Backward" in name and row["last_loads"] < expected[0]:
+            failures.append(f"{name}: only {row['last_loads']} loads leave the cache first")
+    return failures + [f"{name}: {failure}" for failure in _early_launch(row)]
+
+
+def _early_launch(row: dict) -> list[str]:
+    """From sm_90 on the finish kernel is launched while the backward before it runs: it must wait for its results."""
+    if int(row["arch"].removeprefix("sm_")) < 90:
+        return ["touches the grids around it, which this chip can't"] if row["grid"] else []
+    wanted = (
+        "waits" if row["kernel"].startswith("finish") else "lets the next one start" * ("Backward" in row["kernel"])
+    )
+    return [] if row["grid"] == wanted else [f"{row['grid'] or 'nothing'} where it should: {wanted or 'nothing'}"]

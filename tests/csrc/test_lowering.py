@@ -25,17 +25,6 @@ def test_gates(arch: int) -> None:
     # Two walks in four dtypes, vectors and scalars, for four formulas; a last pass per file and sum type.
     assert len(rows) == 2 * 4 * 2 * 4 + 2 * 2
     assert {row["arch"] for row in rows} == {f"sm_{arch}"} and all(row["registers"] > 0 for row in rows)
-    assert (
-        lower_cuda.gate(
-            {
-                "kernel": "k<float32, 4, SReLUForward>",
-                "arch": "sm_90",
-                "spills": 8,
-                "stack": 8,
-                "vector": 4,
-                "loads_128": 3,
-                "stores_128": 3,
-            }
-        )
-        != []
-    )
+    wrong = {"kernel": "k<float32, 4, SReLUBackward>", "arch": "sm_90", "spills": 8, "stack": 8, "vector": 4}
+    wrong |= {"loads_128": 3, "stores_128": 1, "last_loads": 0, "grid": "waits"}
+    assert len(lower_cuda.gate(wrong)) == 6

@@ -78,6 +78,7 @@ PYBIND11_MODULE(EMULATOR_MODULE, m) {
     check(cuda::residual_srelu_backward(args, partials.get(), nullptr));
     return bytes;
   });
+  m.def("set_blocks", [](unsigned blocks) { emulator::blocks = blocks; });
   m.def("set_order", [](int order) { emulator::order = order; });
   // What the kernels read and wrote since the last call, and the number of launches.
   m.def("traffic", [] {

@@ -85,3 +85,27 @@ def test_partition_of_any_size(emulator: ModuleType, vector: int, sums: bool) ->
         partial_rows = p["splits"] * p["tiles"] * p["slots"]
         if sums and numel >= 2**19:  # a small part of the traffic, unless the gradient of the bias itself is not
             assert partial_rows <= max(numel / 16, 2 * channels), (extent, p)
+
+
+@pytest.mark.parametrize("extent", [(2, 2, 9216), (1100, 64, 1)], ids=str)
+def test_blocks_walk_from_the_end_of_the_tensor(emulator: ModuleType, extent: tuple) -> None:
+    """The first block that a GPU starts reads what was written last; so it is in both walks."""
+    case = checks.Case(extent, "bfloat16", "bfloat16")
+    x, y = case.tensor(special=False), case.new()
+    untouched = y.copy()
+    emulator.set_blocks(1)
+    try:
+        emulator.srelu("bfloat16", list(extent), x, case.bias, "bfloat16", y)
+    finally:
+        emulator.set_blocks(2**32 - 1)
+    written = (y != untouched).ravel()
+    assert written[-1] and not written[0] and 0 < written.sum() < written.size
+
+
+def test_a_small_forward_reaches_every_multiprocessor(emulator: ModuleType) -> None:
+    """Of an H200's 132; a large one has no more blocks for it."""
+    for extent in ((128 * 49, 256, 1), (4, 96, 56 * 56)):  # 3.2 and 2.4 MB of bfloat16
+        partition = emulator.partition(list(extent), 8, False)
+        assert partition["splits"] * partition["tiles"] >= 132, (extent, partition)
+    partition = emulator.partition([256 * 56 * 56, 256, 1], 8, False)  # 411 MB, 8 vectors per thread
+    assert 12000 <= partition["splits"] * partition["tiles"] <= 13000

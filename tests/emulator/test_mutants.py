@@ -23,6 +23,11 @@ BUGS = {
         "if (row < stop) in[u][k] =",
         'if (row < stop + planted("off_by_one")) in[u][k] =',
     ),
+    "missing_wait": (
+        "walk.cuh",
+        "ISONET_FAST_AWAIT_GRID();\n  if",
+        'if (!planted("missing_wait")) ISONET_FAST_AWAIT_GRID();\n  if',
+    ),
     "divergent_barrier": (
         "walk.cuh",
         "if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;\n  __syncthreads();",
@@ -80,6 +85,11 @@ def test_missing_barrier(mutants: pathlib.Path) -> None:
 def test_off_by_one(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "off_by_one")
     assert code != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output[-4000:]
+
+
+def test_missing_wait(mutants: pathlib.Path) -> None:
+    code, output = run(mutants, "missing_wait")
+    assert code != 0 and "before the kernel that writes them is awaited" in output, output[-4000:]
 
 
 def test_divergent_barrier(mutants: pathlib.Path) -> None:
