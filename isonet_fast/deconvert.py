@@ -32,7 +32,8 @@ def deconvert(model: nn.Module) -> nn.Module:
     every convolution, and torch.jit.script takes it.
 
     What a graph module does not keep: methods and attributes other than `forward` (`features`, `num_channels`), and the
-    fused kernels. An SReLU of one's own network reads x as (N, C, ...), never as unbatched. Under torch.maximum a tie x == b shares its gradient between x and b, where SReLU gives it to b.
+    fused kernels. An SReLU of one's own network reads x as (N, C, ...), never as unbatched. Under torch.maximum a tie
+    x == b shares its gradient between x and b, where SReLU gives it to b.
 
     Left as they are, and listed in one warning of the logger `isonet_fast.deconvert`: subclasses of our classes, whose
     own code needs this package, parametrized layers, and networks compiled by torch.compile or TorchScript. Raises
