@@ -342,7 +342,8 @@ def test_torchrun_starts_a_run_again_where_it_was(
     one: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same command, by the same torchrun, after a failure; another torchrun's run is refused as ever."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
+    for name, value in (("TORCHELASTIC_RUN_ID", "job-1"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
     again = words(folder / "again", *ONE)
     assert run(again, ["SIGTERM", 0, 7], 0) == 143
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-2")
