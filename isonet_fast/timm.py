@@ -22,8 +22,8 @@ from .models.isonet_cifar import ISONetCifar
 from .models.network import Network
 from .nn import ResidualSReLU, SReLU
 from .safe_load import weights_in
-from .train.import_torchvision import import_torchvision
-from .train.transforms import CIFAR, IMAGENET
+from .train.data.import_torchvision import import_torchvision
+from .train.data.transforms import CIFAR, IMAGENET
 
 import_torchvision()  # timm imports it, which fails beside a CPU torch without this
 try:
