@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import networks, penalty, streaming
+from . import arguments, networks, penalty, streaming
 from .case import Case
 
 TRIALS: dict[str, Callable[[Case], None]] = {
@@ -20,6 +20,7 @@ TRIALS: dict[str, Callable[[Case], None]] = {
     "isometry_report": networks.isometry_report,
     "shared_scale": networks.shared_scale,
     "network": networks.network,
+    "arguments": arguments.arguments,
 }
 ODDS = dict.fromkeys(TRIALS, 5) | {
     "srelu": 60,
@@ -27,6 +28,7 @@ ODDS = dict.fromkeys(TRIALS, 5) | {
     "orthogonality_loss": 30,
     "regularizer": 10,
     "delta_": 10,
+    "arguments": 10,
     "isometry_report": 1,
     "network": 1,
 }
