@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from .layers import (
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 NO_VALUES = "no values (meta device or FakeTensor)"
 FINEST = 16  # frequencies per dimension that a report samples at most
+LARGEST = 2**31  # sizes from here on are refused: no machine could hold the grid
 
 
 @torch.no_grad()
@@ -45,8 +47,8 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     A transposed convolution has those of the convolution whose weight it shares, whose input is its output.
 
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
-    ignores it. Raises TypeError for another module and for a weight that is parametrized, lazy, sparse, complex or
-    without values, ValueError for such a size.
+    ignores it. Raises TypeError for another module, for a weight that is parametrized, lazy, sparse, complex or without
+    values, and for sizes that are no ints, ValueError for a size that does not fit.
     """
     weight = weight_of(conv) if isinstance(conv, KINDS) else None
     if weight is None:
@@ -58,9 +60,19 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     kernel = weight.detach().double()
     if isinstance(conv, nn.Linear):
         return _values(kernel.unsqueeze(0))
-    size = (input_size,) * (kernel.dim() - 2) if isinstance(input_size, int) else tuple(input_size)
+    size = _sizes((input_size,) * (kernel.dim() - 2) if isinstance(input_size, int) else input_size)
     _check_size(conv, kernel, size)
     return _values(torch.cat([_symbols(group, conv, size) for group in kernel.chunk(conv.groups)]))
+
+
+def _sizes(input_size: Any) -> tuple[int, ...]:
+    try:
+        sizes = tuple([operator.index(n) for n in input_size])
+    except (TypeError, ValueError, RuntimeError):  # some tensors raise the latter
+        raise TypeError(f"input_size must be a sequence of ints, got {type(input_size).__name__}") from None
+    if any(not 0 < n < LARGEST for n in sizes):
+        raise ValueError(f"input_size must be positive and below {LARGEST}, got {str(sizes)[:60]}")
+    return sizes
 
 
 def _check_size(conv: Convolution, kernel: Tensor, size: tuple[int, ...]) -> None:
@@ -136,7 +148,8 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
     that it is excluded, unless its class is in `include`; so has a layer whose weight cannot be read and one that this
     input does not reach.
 
-    Raises TypeError for a model that is no module and ValueError for one with lazy layers that have no shape yet.
+    Raises TypeError for a model that is no module and for sizes that are no ints, ValueError for a model with lazy
+    layers that have no shape yet and for an input that it does not take.
     """
     from tqdm import tqdm  # the package itself needs nothing but PyTorch
 
@@ -149,7 +162,7 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
     if lazy:
         raise ValueError(f"model has lazy layers without a shape yet, {lazy[0]!r} first; give it a batch before")
     readable = {name: module for name, module in layers.items() if not excluded[name]}
-    sizes = _feature_maps(model, readable, input_size) if readable else {}
+    sizes = _feature_maps(model, readable, _sizes(input_size)) if readable else {}
     rows = Report()
     for name, module in tqdm(layers.items(), desc="singular values", unit="layer", leave=False):
         if name in readable and name not in sizes and not isinstance(module, nn.Linear):
@@ -222,6 +235,8 @@ def _feature_maps(model: nn.Module, layers: dict[str, Any], input_size: Sequence
         for name, module in layers.items():
             watch(name, module)
         model.eval()(torch.zeros(1, *input_size, dtype=parameter.dtype, device=parameter.device))
+    except Exception as error:  # whatever the model raises
+        raise ValueError(f"model takes no input of input_size {str(input_size)[:60]}: {error}") from error
     finally:
         for module in layers.values():
             module.__dict__.pop("_conv_forward", None)

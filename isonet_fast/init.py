@@ -37,8 +37,9 @@ def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> 
 def _cell(kernel: int, stride: int) -> list[int]:
     """One tap for each input phase that the kernel reaches, the middle tap first."""
     middle = kernel // 2
+    phases = [*range(kernel - middle), *range(stride - middle, stride)] if stride > kernel else range(stride)
     taps = []
-    for phase in range(stride):
+    for phase in phases:
         reached = [t for t in (middle + phase, middle + phase - stride) if 0 <= t < kernel]
         taps += reached[:1]
     return taps

@@ -58,3 +58,24 @@ def test_errors_name_the_argument():
         diagnostics.singular_values(torch.nn.Conv2d(2, 2, 3), 2)
     with pytest.raises(TypeError, match="conv must be a convolution or a linear layer.*got ReLU"):
         diagnostics.singular_values(torch.nn.ReLU(), 4)
+    for size in (None, 1.5, "44", [None, None], torch.ones(2), torch.eye(3).to_sparse_csr()):
+        with pytest.raises(TypeError, match="input_size must be a sequence of ints, got"):
+            diagnostics.singular_values(torch.nn.Conv2d(2, 2, 3), size)
+    for size in (0, -4, (4, 10**400)):
+        with pytest.raises(ValueError, match="input_size must be positive and below 2147483648, got"):
+            diagnostics.singular_values(torch.nn.Conv2d(2, 2, 3), size)
+    for conv in (None, torch.zeros(2, 2, 3, 3)):
+        with pytest.raises(TypeError, match="conv must be a convolution or a linear layer.*got"):
+            diagnostics.singular_values(conv, 4)
+
+
+def test_errors_of_a_report_name_the_argument():
+    conv = torch.nn.Conv2d(2, 2, 3)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
+        diagnostics.isometry_report(None, (2, 8, 8))
+    with pytest.raises(TypeError, match="input_size must be a sequence of ints, got int"):
+        diagnostics.isometry_report(conv, 8)
+    with pytest.raises(ValueError, match=r"model takes no input of input_size \(3, 8, 8\): .*channels"):
+        diagnostics.isometry_report(conv, (3, 8, 8))
+    assert "_conv_forward" not in vars(conv)
+    assert diagnostics.isometry_report(torch.nn.ReLU(), (2, 8, 8)) == []

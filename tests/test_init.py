@@ -146,3 +146,10 @@ def test_cells_cover_every_size_of_kernel_and_stride():
         assert weight.sum() == 2 * reached
         phases = {w.nonzero()[0, 1].item() % stride for w in weight[: 2 * reached]}
         assert phases == {tap % stride for tap in range(kernel)}
+
+
+def test_a_stride_beyond_every_kernel_takes_no_time():
+    """Its cell has more phases than could be counted; the taps reach few of them."""
+    for kernel in (1, 2, 3, 4):
+        huge, large = (init.delta_(torch.empty(12, 2, kernel), stride=stride) for stride in (2**60, kernel))
+        assert torch.equal(huge, large)

@@ -20,8 +20,12 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises ValueError for a file that is refused, damaged or of another layout, and where its names or shapes are not
     the model's; the message names what was found. The model is unchanged then. A file that cannot be opened is an
-    OSError.
+    OSError; TypeError for something that is no module or no path.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(path, (str, os.PathLike)):  # open() would take an int too, as a file that is open already
+        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
     load_weights(model, weights_in(read_checkpoint(path), path), path)
     return model
 

@@ -185,3 +185,11 @@ def test_a_flipped_bit_is_a_clear_error_or_a_number(model: nn.Module, tmp_path: 
 def test_no_file(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_official(model, tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("path", [None, 0, True, b"net.pt", torch.zeros(2)], ids=lambda path: type(path).__name__)
+def test_no_path(model: nn.Module, path: object) -> None:
+    with pytest.raises(TypeError, match=f"path must be a str or an os.PathLike, got {type(path).__name__}"):
+        load_official(model, path)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+        load_official({}, "net.pt")
