@@ -35,7 +35,7 @@ def refused(error: Exception | None, names: Iterable[str], what: str) -> None:
         raise Failure("foreign error", told) from error
     if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE):
         raise Failure("foreign error", f"{told} (raised outside the package)") from error
-    if not any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names):
+    if not any(re.search(rf"\b{re.escape(name)}s?\b", str(error)) for name in names):
         raise Failure("unnamed argument", f"{told} (expected one of {', '.join(names)})") from error
 
 
