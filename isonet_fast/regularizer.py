@@ -87,7 +87,7 @@ class OrthoRegularizer:
         precision: str | None = None,
         include: Types = (),
     ) -> None:
-        if penalty is not None and penalty not in PENALTIES:
+        if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
             raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (each layer's own), got {penalty!r}")
         check_precision(precision)
         self.penalty, self.precision, self.interval = penalty, precision, _interval(interval)

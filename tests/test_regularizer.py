@@ -496,6 +496,7 @@ def test_training_with_it_makes_the_layers_orthogonal():
     "arguments, error, message",
     [
         ({"penalty": "soft"}, ValueError, r"penalty must be one of .*or None.* got 'soft'"),
+        ({"penalty": np.array(["lorth", "isonet"])}, ValueError, r"penalty must be one of .*got array"),
         ({"precision": "high"}, ValueError, r"precision must be one of .*'highest'.*got 'high'"),
         ({"filter": "conv"}, TypeError, r"filter must be callable\(name, module\) or None, got str"),
         ({"filter": lambda name: True}, TypeError, r"filter must take two arguments, \(name, module\), got .*\(name\)"),

@@ -33,7 +33,7 @@ def one_thread():
 @pytest.mark.parametrize("part", range(PARTS))
 def test_twenty_thousand_trials_without_a_failure(part: int) -> None:
     numbers = range(part * 20_000 // PARTS, (part + 1) * 20_000 // PARTS)
-    calls, found = search(0, numbers, only=[kind for kind in TRIALS if "srelu" not in kind])
+    calls, found = search(0, numbers, only=[kind for kind in TRIALS if "srelu" not in kind and kind != "arguments"])
     assert found is None, found.told()
     assert calls == 20_000 // PARTS
 

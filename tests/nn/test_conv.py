@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,7 +141,7 @@ def test_repr_is_the_parents_with_the_penalty(ours, penalty):
 
 
 @every_layer
-@pytest.mark.parametrize("penalty", ["ISONET", "", 1, True])
+@pytest.mark.parametrize("penalty", ["ISONET", "", 1, True, np.array([1, 2])], ids=repr)
 def test_an_unknown_penalty_is_refused(ours, penalty):
     with pytest.raises(ValueError, match=r"penalty must be one of .*isonet.*lorth.*matrix.* got ") as raised:
         build(ours, penalty=penalty)

@@ -62,7 +62,9 @@ def test_groups_that_are_no_divisor_are_refused(value):
         loss(torch.randn(4, 4, 3, 3), groups=value)
 
 
-@pytest.mark.parametrize("value", [None, 3, b"isonet", ["isonet"], {}, np.zeros(2), "conv"])
+@pytest.mark.parametrize(
+    "value", [None, 3, b"isonet", ["isonet"], {}, np.zeros(2), torch.nested.nested_tensor([torch.ones(2)]), "conv"]
+)
 def test_a_penalty_that_is_no_known_name_is_refused(value):
     for weights in (torch.randn(4, 4), []):
         with pytest.raises(ValueError, match=r"penalty must be one of \('isonet', 'lorth', 'matrix'\), got "):
