@@ -1,5 +1,7 @@
 """What the penalty and `accumulate_grad_` take and refuse: kinds of tensors, gradients, scales, geometry; rounding."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,9 @@ def test_negative_bit_and_conjugate_views_count_with_their_values(size):
 
 @pytest.mark.parametrize("name", ["stride", "dilation"])
 @pytest.mark.parametrize(
-    "value", [None, 1.5, True, (True, 1), "11", {1: 1}, iter((1, 1)), torch.tensor(1), (1, 1, 1), 0, [None]], ids=str
+    "value",
+    [None, 1.5, True, (True, 1), "11", {1: 1}, iter((1, 1)), torch.tensor(1), (1, 1, 1), 0, [None]],
+    ids=lambda value: re.sub(" object at .*", "", str(value)),  # no address: every test process must use the same name
 )
 def test_steps_that_are_no_ints_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive int or a tuple of 2 of them, got "):
