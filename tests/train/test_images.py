@@ -131,8 +131,11 @@ def test_a_failing_disk_is_no_corrupt_image(photographs: Path, monkeypatch: pyte
         with pytest.raises(OSError, match="Input/output error"):
             images[0]
     shutil.rmtree(photographs / "val" / "cat")  # a folder, or a disk that was there
-    with pytest.raises(FileNotFoundError):
-        images[0]
+    for workers in (0, 1):
+        with pytest.raises(
+            FileNotFoundError, match=r"^\[Errno 2\] No such file or directory: '[^'\n]*/val/cat/0\.jpg'$"
+        ):
+            list(Loader(images, 2, workers, 0, False, False).batches())
 
 
 def test_a_disk_that_is_gone_behind_links_ends_the_run(photographs: Path) -> None:

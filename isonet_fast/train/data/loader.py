@@ -30,7 +30,7 @@ class WorkerDied(RuntimeError):
 _IN_A_ROW = 100  # so many unreadable images are no accident of images: their disk is gone
 
 Key = tuple[int, int]  # epoch (0 when evaluating), index
-Item = tuple[Tensor, int] | Corrupt
+Item = tuple[Tensor, int] | Corrupt | OSError  # raised in a worker, an error would bring its traceback as its message
 
 
 class Batch(NamedTuple):
@@ -90,8 +90,8 @@ class _Items(Dataset):
             torch.default_generator.manual_seed(random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32))
             try:
                 image, label = self.examples[index]
-            except Corrupt as corrupt:
-                return corrupt
+            except (Corrupt, OSError) as error:
+                return error
         return image, int(label)
 
 
@@ -142,6 +142,8 @@ class Loader:
             with held_back():
                 batches = iter(self.loader)  # here the workers start
             for batch in batches:
+                if isinstance(batch, OSError):
+                    raise batch
                 unreadable = unreadable + len(batch.corrupt) if batch.images is None else 0
                 if unreadable >= _IN_A_ROW:
                     raise OSError(f"{unreadable} images in a row cannot be read, the last: {batch.corrupt[-1]}")
@@ -165,9 +167,12 @@ def naming_dead_workers(workers: int) -> Iterator[None]:
         raise WorkerDied(f"{reason}. Out of memory? Try fewer data.workers") from error
 
 
-def _collate(items: list[Item]) -> Batch:
-    good = [item for item in items if not isinstance(item, Corrupt)]
+def _collate(items: list[Item]) -> Batch | OSError:
+    failed = [item for item in items if isinstance(item, OSError)]
+    if failed:
+        return failed[0]
     corrupt = [item for item in items if isinstance(item, Corrupt)]
+    good = [item for item in items if isinstance(item, tuple)]
     images = torch.stack([image for image, _ in good]) if good else None
     return Batch(images, torch.tensor([label for _, label in good], dtype=torch.long), corrupt)
 
