@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from .activation_arguments import channel_axis, check_device, check_tensor, kernel_parameter
+from .inplace import check_apart, may_write, written
 from .ops import orthogonality as _orthogonality
-from .ops.inplace import check_apart, check_writable, written
+from .ops import standard
 from .ops.residual_srelu import ResidualSReLU
 from .ops.srelu import SReLU
-from .penalty_arguments import FLOATS as _FLOATS
 from .penalty_arguments import check_penalty, check_precision, checked_layer, listed, per_layer
 from .problem import Problem
 
@@ -20,26 +22,44 @@ def srelu(
     x: Tensor,  # (N, C, ...)
     bias: Tensor,  # C values
     inplace: bool = False,
+    spatial_dims: int | str | None = None,
 ) -> Tensor:
     """Shifted ReLU: y = max(x, b) with one learnable b per channel (Qi et al., ICML 2020, section 3.2).
 
     dx = g m and db = sum of g (1 - m) over every axis but C, with m = not (y <= b): a tie gives its gradient to b,
-    NaN in x or b propagates and passes its gradient. Twice differentiable. Only y and b are kept for the
-    backward, so `inplace=True` saves a whole activation behind any operation that does not need its own output
-    (a convolution). Not for the transforms of torch.func (vmap, jvp, ...).
+    NaN in x or b propagates and passes its gradient. Twice differentiable. Only y and b are kept for the backward.
 
-    x: float32, float64, float16 or bfloat16. b: C values of any shape, rounded to x's dtype once; its gradient is
-    accumulated in float32 (float64 for float64).
+    x: float32, float64, float16 or bfloat16, (N, C, ...). With `spatial_dims`, the number of dimensions behind C, an
+    unbatched x is understood too: (C, H, W) with 2. The layers' default is "inferred": see `isonet_fast.SReLU`.
 
-    Raises TypeError for other dtypes; ValueError for an x of fewer than two dimensions, a bias of the wrong length or
-    on another device, and for `inplace` on a leaf that requires grad or on a tensor that overlaps itself.
+    y has x's dtype, under autocast too. The bias is a parameter and does not promote: it is rounded to x's dtype once,
+    as autocast rounds the parameters of a convolution. b: C values of any shape and of any dtype that x may have; its
+    gradient has b's dtype and is accumulated in float32 (float64 for a float64 x).
+
+    `inplace=True` allows y to be written over x, which saves a whole activation behind any operation that does not need
+    its own output (a convolution). Use the returned tensor only: y is a new tensor where x is a view that a custom
+    Function returned (a module with a full backward hook), in transforms of torch.func and in exports.
+
+    In transforms of torch.func and in forward-mode AD the reference's formulas are computed. torch.export and
+    torch.jit.trace record a maximum: a graph that is trained afterwards divides the gradient of a tie in two.
+
+    Raises TypeError for what is no dense tensor of these dtypes; ValueError for a shape without C channels, a bias on
+    another device, and for `inplace`, before the data change: on a leaf that requires grad, on an inference tensor, on
+    elements that share memory, and on views whose change autograd cannot record (of chunk and unbind, of no_grad).
     """
-    _check_activation("x", x)
-    bias = _bias(bias, "x", x)
-    if not inplace:
-        return SReLU.apply(x, bias, False)
-    check_writable("x", x)
-    return written(SReLU, x, bias)
+    if has_torch_function_variadic(x, bias):
+        return handle_torch_function(srelu, (x, bias), x, bias, inplace, spatial_dims)
+    check_tensor("x", x)
+    check_tensor("bias", bias)
+    check_device("bias", bias, "x", x)
+    if channel_axis("x", x, bias, spatial_dims) == 0:
+        return srelu(x.unsqueeze(0), bias, inplace, x.dim() - 1).squeeze(0)
+    if standard.wanted():
+        return standard.srelu(x, bias)
+    bias = kernel_parameter(bias, x)
+    if inplace and may_write("x", x, bias):
+        return written(SReLU, x, bias)
+    return SReLU.apply(x, bias, False)
 
 
 def residual_srelu(
@@ -48,36 +68,54 @@ def residual_srelu(
     bias: Tensor,  # C values
     scale: Tensor | None = None,  # one value
     inplace: bool = False,
+    spatial_dims: int | str | None = None,
 ) -> Tensor:
     """The join of a residual block: y = max(shortcut + s * branch, b) (Qi et al., section 3.4).
 
     dshortcut = g m, dbranch = s g m, ds = sum of g m branch, db = sum of g (1 - m), m = not (y <= b). The sum is formed
-    in float32 (float64 for float64) and rounded once. Ties, NaN and dtypes as in `srelu`; twice differentiable.
+    in float32 (float64 for float64) and rounded once. Ties, NaN, shapes and transforms as in `srelu`; twice
+    differentiable.
 
-    `inplace=True` writes y over the branch (saves one activation); it needs scale=None, because the gradient of the
-    scale is formed with the branch.
+    y has the dtype that torch.add gives shortcut and branch, which autocast leaves as it is: of a float32 and a
+    bfloat16 tensor it is float32, of a float16 and a bfloat16 one too. Bias and scale are parameters and do not
+    promote; the scale is not rounded.
 
-    Raises as `srelu` does, and ValueError (shape) or TypeError (dtype) where shortcut and branch differ.
+    `inplace=True` allows y to be written over the branch (saves one activation), if y has the branch's dtype. It needs
+    scale=None, because the gradient of the scale is formed with the branch. See `srelu`.
+
+    Raises as `srelu` does; ValueError where shortcut and branch differ in shape or device, where they overlap partly
+    and `inplace` is given, and for a scale of more than one value.
     """
-    _check_activation("shortcut", shortcut)
+    tensors = (shortcut, branch, bias) if scale is None else (shortcut, branch, bias, scale)
+    if has_torch_function_variadic(*tensors):
+        arguments = (shortcut, branch, bias, scale, inplace, spatial_dims)
+        return handle_torch_function(residual_srelu, tensors, *arguments)
+    check_tensor("shortcut", shortcut)
+    for name, tensor in zip(("branch", "bias", "scale"), tensors[1:]):
+        check_tensor(name, tensor)
+        check_device(name, tensor, "shortcut", shortcut)
     if branch.shape != shortcut.shape:
         raise ValueError(f"branch must have the shape of shortcut, {tuple(shortcut.shape)}, got {tuple(branch.shape)}")
-    if branch.dtype != shortcut.dtype:
-        raise TypeError(f"branch must have the dtype of shortcut, {shortcut.dtype}, got {branch.dtype}")
-    _check_device("branch", branch, "shortcut", shortcut)
-    bias = _bias(bias, "shortcut", shortcut)
-    if scale is not None:
-        if scale.numel() != 1:
-            raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
-        _check_device("scale", scale, "shortcut", shortcut)
-        scale = _master(scale, shortcut)
-    if not inplace:
-        return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
-    if scale is not None:
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
+    if inplace and scale is not None:
         raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
-    check_writable("branch", branch)
-    check_apart("branch", branch, "shortcut", shortcut)
-    return written(ResidualSReLU, branch, shortcut, bias, None)
+    if channel_axis("shortcut", shortcut, bias, spatial_dims) == 0:
+        batch = shortcut.unsqueeze(0), branch.unsqueeze(0)
+        return residual_srelu(*batch, bias, scale, inplace, shortcut.dim() - 1).squeeze(0)
+    if branch.dtype != shortcut.dtype:
+        dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+        inplace = inplace and branch.dtype == dtype
+        shortcut, branch = shortcut.to(dtype), branch.to(dtype)
+    if standard.wanted():
+        return standard.residual_srelu(shortcut, branch, bias, scale)
+    bias = kernel_parameter(bias, shortcut)
+    if scale is not None:
+        scale = kernel_parameter(scale, shortcut)
+    if inplace and may_write("branch", branch, bias, shortcut):
+        check_apart("branch", branch, "shortcut", shortcut)
+        return written(ResidualSReLU, branch, shortcut, bias, None)
+    return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
 
 
 def orthogonality_loss(
@@ -120,41 +158,6 @@ def orthogonality_loss(
     geometry = [per_layer(name, value, len(weights)) for name, value in named.items()]
     layers = tuple(checked_layer(w, s, e, g, penalty) for w, s, e, g in zip(weights, *geometry, strict=True))
     for w in weights[1:]:
-        _check_device("every weight", w, "the first", weights[0])
+        check_device("every weight", w, "the first", weights[0])
     problem = Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]
-
-
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-
-
-def _check_activation(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be {_names(_FLOATS)}, got {x.dtype}")
-    if x.dim() < 2:
-        raise ValueError(f"{name} must be (N, C, ...), at least two dimensions, got shape {tuple(x.shape)}")
-
-
-def _check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
-
-
-def _bias(bias: Tensor, name: str, x: Tensor) -> Tensor:
-    """Checked, in a dtype that the kernels read."""
-    if bias.numel() != x.shape[1]:
-        raise ValueError(
-            f"bias must have one value for each of the {x.shape[1]} channels of {name}, got shape {tuple(bias.shape)}"
-        )
-    if bias.dtype not in _FLOATS:
-        raise TypeError(f"bias must be {_names(_FLOATS)}, got {bias.dtype}")
-    _check_device("bias", bias, name, x)
-    return _master(bias, x)
-
-
-def _master(parameter: Tensor, x: Tensor) -> Tensor:
-    """Kernels read a parameter in x's dtype or in float32 (a master copy); anything else is rounded here, once."""
-    return parameter if parameter.dtype in (x.dtype, torch.float32) else parameter.to(x.dtype)

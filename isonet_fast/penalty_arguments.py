@@ -84,7 +84,7 @@ def check_gradients(grads: Iterable[Tensor]) -> None:
     for grad in grads:
         name = f"the .grad of the weight of shape {tuple(grad.shape)}"
         check_dense(name, grad)
-        if not grad.is_contiguous() and _shares_memory(grad):
+        if not grad.is_contiguous() and shares_memory(grad):
             raise ValueError(f"{name} has elements that share memory (strides {grad.stride()}); clone it first")
 
 
@@ -132,7 +132,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:60]}... ({type(value).__name__})"
 
 
-def _shares_memory(tensor: Tensor) -> bool:
+def shares_memory(tensor: Tensor) -> bool:
     """Whether two elements of a tensor are one place in memory."""
     reach, sides = 0, sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1)
     if tensor.numel() == 0:

@@ -9,56 +9,77 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
+from ..activation_arguments import check_dtype, checked_spatial_dims, number, positive_int
 from .conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
 
 
 class _ChannelBias(nn.Module):
-    """What both activations hold: `srelu_bias` (1, C, 1, 1), and whether they write over their input."""
+    """What both activations hold: `srelu_bias` (1, C, 1, 1), whether they write over their input, and its rank."""
+
+    spatial_dims: int | str = "inferred"
 
     def __init__(
-        self, num_channels: int, init: float = -1.0, inplace: bool = False, device: Any = None, dtype: Any = None
+        self,
+        num_channels: int,
+        init: float = -1.0,
+        inplace: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        spatial_dims: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_channels, self.inplace = num_channels, inplace
-        self.srelu_bias = nn.Parameter(torch.full((1, num_channels, 1, 1), init, device=device, dtype=dtype))
+        self.num_channels, self.inplace = positive_int("num_channels", num_channels), inplace
+        self.spatial_dims = checked_spatial_dims(spatial_dims)
+        self.srelu_bias = _filled((1, self.num_channels, 1, 1), init, device, dtype)
 
     def _writes_over(self, x: Tensor) -> bool:
-        """In place where asked for, but never over what a full backward hook looks at: PyTorch hands that on as a view
-        over which autograd lets nobody write."""
-        return self.inplace and not _hooked(x)
+        """In place where asked for. Compiled code cannot tell over which views autograd lets nobody write (those that
+        full backward hooks make), so it writes over none; it allocates for itself anyway."""
+        return self.inplace and not (torch.compiler.is_compiling() and x._base is not None)
 
     def extra_repr(self) -> str:
-        return f"{self.num_channels}" + (", inplace=True" if self.inplace else "")
+        dims = f", spatial_dims={self.spatial_dims}" if isinstance(self.spatial_dims, int) else ""
+        return f"{self.num_channels}" + (", inplace=True" if self.inplace else "") + dims
 
 
 class SReLU(_ChannelBias):
     """y = max(x, b), one learnable b per channel, initially `init` (`functional.srelu`).
 
-    x: (N, C, ...). State: `srelu_bias` (1, C, 1, 1). inplace=True writes over x: right behind any operation that does
-    not need its own output for its backward, such as a convolution.
+    State: `srelu_bias` (1, C, 1, 1). x: (N, C, ...), behind a linear layer and a convolution of any rank. As nn.Conv2d
+    does, the layer also takes an unbatched (C, H, W), unless H is C too: then x may be (N, C, L), and the layer raises.
+    `spatial_dims` names the layer before, 0 (linear) to 3 (nn.Conv3d), and every batched and unbatched x is understood.
+
+    inplace=True lets y be written over x: right behind any operation that does not need its own output for its
+    backward, such as a convolution.
+
+    Raises TypeError or ValueError, with the argument's name, for channels below 1, an `init` that is no number, another
+    `spatial_dims` and a dtype that `functional.srelu` does not take.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.srelu(x, self.srelu_bias, self._writes_over(x))
+        return functional.srelu(x, self.srelu_bias, self._writes_over(x), self.spatial_dims)
 
 
 class ResidualSReLU(_ChannelBias):
     """y = max(shortcut + s * branch, b), the join of a residual block (`functional.residual_srelu`).
 
     State: `srelu_bias` (1, C, 1, 1). The scale s is an argument, for it belongs to the branch (`SharedScale.scale`).
-    inplace=True writes over the branch and needs a branch without a scale.
+    inplace=True lets y be written over the branch and needs a branch without a scale. Shapes, `spatial_dims` and errors
+    as in `SReLU`.
     """
 
     def forward(self, shortcut: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
-        return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, self._writes_over(branch))
+        inplace = self._writes_over(branch)
+        return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, inplace, self.spatial_dims)
 
 
 class SharedScale(nn.Module):
-    """x -> s x with one learnable scalar per residual branch. State: `scale` (1, 1, 1, 1)."""
+    """x -> s x with one learnable scalar per residual branch, initially `init`. State: `scale` (1, 1, 1, 1)."""
 
     def __init__(self, init: float = 1.0, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((1, 1, 1, 1), init, device=device, dtype=dtype))
+        self.scale = _filled((1, 1, 1, 1), init, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.view([1] * x.dim())
@@ -96,8 +117,6 @@ def _bare(module: nn.Module) -> bool:
     )
 
 
-def _hooked(x: Tensor) -> bool:
-    """A full backward hook on the module before or on this one made a view of the tensor."""
-    if torch.compiler.is_compiling():  # no grad_fn there; any view then, since a compiled graph allocates for itself
-        return x._base is not None
-    return type(x.grad_fn).__name__ == "BackwardHookFunctionBackward"
+def _filled(shape: tuple[int, ...], init: Any, device: Any, dtype: torch.dtype | None) -> nn.Parameter:
+    check_dtype(dtype)
+    return nn.Parameter(torch.full(shape, number("init", init), device=device, dtype=dtype))

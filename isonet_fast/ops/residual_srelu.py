@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from ._library import implement, ops
-from .srelu import blocked, channel_sum, gradients, per_channel
+from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients
+
+
+def summed(shortcut: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """shortcut + s * branch, formed in float32 at least and rounded once."""
+    wide = torch.promote_types(shortcut.dtype, torch.float32)
+    scaled = branch.to(wide) if scale is None else scale.to(wide).reshape(()) * branch.to(wide)
+    return (shortcut.to(wide) + scaled).to(shortcut.dtype)
 
 
 def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
-    wide = torch.promote_types(shortcut.dtype, torch.float32)
-    scaled = branch.to(wide) if scale is None else scale.to(wide).view(()) * branch.to(wide)
-    total = (shortcut.to(wide) + scaled).to(shortcut.dtype)
+    total = summed(shortcut, branch, scale)
     torch.maximum(total, per_channel(bias, total), out=out)
 
 
@@ -66,6 +71,21 @@ def _residual_srelu_backward_fake(
     return like(output), like(output), like(bias), like(scale)
 
 
+def scaled_gradients(
+    grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dshortcut, dbranch, db, ds), differentiable where somebody asks for that (create_graph=True)."""
+    if torch._C._are_functorch_transforms_active():  # is_grads_batched
+        wide = torch.promote_types(output.dtype, torch.float32)
+        grad_shortcut, grad_bias = standard_gradients(grad_output, output, bias)
+        grad_branch = (grad_shortcut.to(wide) * scale.to(wide).reshape(())).to(output.dtype)
+        grad_scale = (grad_shortcut.to(wide) * branch.to(wide)).sum().to(scale.dtype).view_as(scale)
+        return grad_shortcut, grad_branch, grad_bias, grad_scale
+    if torch.is_grad_enabled():
+        return ResidualSReLUBackward.apply(grad_output, output, branch, bias, scale)
+    return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+
+
 class ResidualSReLU(torch.autograd.Function):
     """residual_srelu, or residual_srelu_ over the branch if `inplace`, under autograd.
 
@@ -91,8 +111,7 @@ class ResidualSReLU(torch.autograd.Function):
         output, bias, *scaled = ctx.saved_tensors
         grads: tuple[Tensor | None, ...]
         if scaled:
-            function = ResidualSReLUBackward.apply if torch.is_grad_enabled() else ops.residual_srelu_backward
-            grad_shortcut, grad_branch, *others = function(grad_output, output, scaled[0], bias, scaled[1])
+            grad_shortcut, grad_branch, *others = scaled_gradients(grad_output, output, scaled[0], bias, scaled[1])
             grads = grad_branch, grad_shortcut, *others
         else:
             grad_sum, grad_bias = gradients(grad_output, output, bias)
@@ -119,9 +138,10 @@ class ResidualSReLUBackward(torch.autograd.Function):
         dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
         """
         grad_output, output, branch, bias, scale = ctx.saved_tensors
-        taken = blocked(output, bias)
-        s, gg_s = scale.to(output.dtype).reshape(()), gg_scale.to(output.dtype).reshape(())
-        passed = gg_shortcut + s * gg_branch + gg_s * branch
-        grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed)
-        masked = torch.where(taken, 0, grad_output)
-        return grad_grad, None, gg_s * masked, None, (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
+        taken, wide = blocked(output, bias), torch.promote_types(output.dtype, torch.float32)
+        s, gg_s = scale.to(wide).reshape(()), gg_scale.to(wide).reshape(())
+        passed = gg_shortcut + s * gg_branch.to(wide) + gg_s * branch.to(wide)
+        grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed).to(output.dtype)
+        masked = torch.where(taken, 0, grad_output).to(wide)
+        grad_scale = (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
+        return grad_grad, None, (gg_s * masked).to(output.dtype), None, grad_scale

@@ -31,7 +31,7 @@ def channel_sum(values: Tensor, bias: Tensor) -> Tensor:
     """Sum over every axis but C, accumulated in float32 at least, in bias's dtype and shape."""
     dims = [d for d in range(values.dim()) if d != 1]
     wide = torch.promote_types(values.dtype, torch.float32)
-    return values.sum(dims, dtype=wide).to(bias.dtype).view(bias.shape)
+    return values.sum(dims, dtype=wide).to(bias.dtype).reshape(bias.shape)
 
 
 @implement("srelu")
@@ -66,8 +66,16 @@ def _srelu_backward_fake(grad_output: Tensor, output: Tensor, bias: Tensor) -> t
     return torch.empty_like(output), torch.empty_like(bias)
 
 
+def standard_gradients(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(dx, db) in standard operators, which vmap and autograd see through."""
+    taken = blocked(output, bias)
+    return torch.where(taken, 0, grad_output), channel_sum(torch.where(taken, grad_output, 0), bias)
+
+
 def gradients(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(dx, db), differentiable where somebody asks for that (create_graph=True)."""
+    if torch._C._are_functorch_transforms_active():  # is_grads_batched
+        return standard_gradients(grad_output, output, bias)
     if torch.is_grad_enabled():
         return SReLUBackward.apply(grad_output, output, bias)
     return ops.srelu_backward(grad_output, output, bias)

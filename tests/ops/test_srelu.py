@@ -225,7 +225,7 @@ def test_errors_name_the_argument(device):
     x, bias = torch.randn(2, 3, 4, device=device), torch.zeros(3, device=device)
     with pytest.raises(ValueError, match=r"bias must have one value for each of the 3 channels of x, got shape \(4,\)"):
         functional.srelu(x, torch.zeros(4, device=device))
-    with pytest.raises(ValueError, match=r"x must be \(N, C, ...\).*got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"x must be \(N, C, ...\), at least two dimensions, got shape \(3,\)"):
         functional.srelu(x[0, :, 0], bias)
     with pytest.raises(TypeError, match=r"x must be float32, .*got torch.int64"):
         functional.srelu(x.long(), bias)

@@ -1,0 +1,35 @@
+"""SReLU and the join in standard operators, for whatever must see through them: torch.func, exports and traces.
+
+Transforms (grad, vmap, jvp, ...) and forward-mode AD differentiate the reference's formulas. What torch.export,
+torch.onnx.export and torch.jit.trace record is one maximum, which every runtime knows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import reference
+from .residual_srelu import summed
+from .srelu import per_channel
+
+
+def wanted() -> bool:
+    """Whether the caller runs inside a transform, forward-mode AD, an export or a trace."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def srelu(x: Tensor, bias: Tensor) -> Tensor:
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        return torch.maximum(x, per_channel(bias, x))
+    return reference.srelu(x, bias)
+
+
+def residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    return srelu(summed(shortcut, branch, scale), bias)
