@@ -25,7 +25,7 @@ import torch.distributed.checkpoint
 
 from isonet_fast.train.commands.cli import main
 from isonet_fast.train.data.import_torchvision import import_torchvision
-from isonet_fast.train.saving import checkpoint, dcp
+from isonet_fast.train.saving import checkpoint, sharded_checkpoint
 
 FORBIDDEN = {
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "subprocess.Popen", "pty.spawn",
@@ -223,7 +223,7 @@ class Attribute:
 def test_an_index_may_ask_for_members_of_its_enum_alone() -> None:
     """Python 3.11.0 to 3.11.3 pickles them by getattr, which would open every door."""
     enum = torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING
-    load = lambda wanted: dcp._TensorsOnly(io.BytesIO(pickle.dumps(wanted))).load()
+    load = lambda wanted: sharded_checkpoint._TensorsOnly(io.BytesIO(pickle.dumps(wanted))).load()
     assert load(Attribute(enum, "TORCH_CHANNELS_LAST")) is enum.TORCH_CHANNELS_LAST
     for owner, name in ((pathlib.PosixPath, "unlink"), (enum, "__init_subclass__"), (enum, "mro")):
         with pytest.raises(ValueError, match=f"refused, nothing in it was run: it asks for '{name}'"):

@@ -22,7 +22,7 @@ import torch
 from isonet_fast.train.commands import evaluate
 from isonet_fast.train.commands.cli import main
 from isonet_fast.train.data.loader import Order
-from isonet_fast.train.saving import checkpoint, dcp
+from isonet_fast.train.saving import checkpoint, sharded_checkpoint
 
 from .conftest import SMALL
 from .several import Command, run, torchrun
@@ -331,7 +331,9 @@ class Malicious:
 def test_a_directory_runs_nothing(folder: Path, two: Any, tmp_path: Path) -> None:
     shutil.copytree(folder / "sharded" / "latest.dcp", tmp_path / "bad.dcp")
     (tmp_path / "bad.dcp" / ".metadata").write_bytes(pickle.dumps(Malicious(str(tmp_path / "owned"))))
-    digests = {f.name: dcp._digest(f) for f in (tmp_path / "bad.dcp").iterdir() if f.name != "manifest.json"}
+    digests = {
+        f.name: sharded_checkpoint._digest(f) for f in (tmp_path / "bad.dcp").iterdir() if f.name != "manifest.json"
+    }
     (tmp_path / "bad.dcp" / "manifest.json").write_text(json.dumps(digests))
     with pytest.raises(ValueError, match=r"refused, nothing in it was run: it asks for posix\.mkdir"):
         checkpoint.load(tmp_path / "bad.dcp")

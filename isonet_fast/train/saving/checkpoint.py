@@ -2,7 +2,7 @@
 
 A checkpoint is what torch.save writes (a ZIP archive, so any torch.load reads it) with the SHA-256 of everything before
 it as the archive's comment. A directory holds latest.pt, previous.pt (the latest one before), best.pt and, if asked
-for, epoch-N.pt. Where the weights are sharded each is a directory NAME.dcp instead, see `dcp`.
+for, epoch-N.pt. Where the weights are sharded each is a directory NAME.dcp instead, see `sharded_checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from ...safe_load import read_checkpoint
 from ..distributed import Processes
-from . import dcp
+from . import sharded_checkpoint
 from .files import Damaged, discard, disk_errors_naming, replacing
 
 FORMAT = 2
@@ -41,7 +41,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 def save_sharded(state: dict[str, Any], path: Path, processes: Processes) -> None:
     """The same for a directory NAME.dcp, by all processes together."""
-    dcp.save({"format": FORMAT, **state}, path, processes, lambda: _make_room(path))
+    sharded_checkpoint.save({"format": FORMAT, **state}, path, processes, lambda: _make_room(path))
 
 
 def find(directory: Path, *names: str) -> list[Path]:
@@ -68,7 +68,7 @@ def load(path: Path) -> dict[str, Any]:
     Read with weights_only=True: a file that would run code is refused and runs nothing.
     """
     if path.is_dir():
-        state = dcp.load(path)
+        state = sharded_checkpoint.load(path)
     else:
         check(path)
         state = read_checkpoint(path)
@@ -121,7 +121,7 @@ def load_latest(directory: Path, say: Callable[[str], None] = print) -> tuple[di
 
 def _whole(path: Path) -> bool:
     try:
-        (dcp.check if path.is_dir() else check)(path)
+        (sharded_checkpoint.check if path.is_dir() else check)(path)
     except Damaged:
         return False
     return True
