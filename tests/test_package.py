@@ -167,6 +167,8 @@ FORBIDDEN = {
     "nn": ["isonet_fast.models", "isonet_fast.regularizer", "isonet_fast.train", "isonet_fast.ops"],
     "models": ["isonet_fast.train", "isonet_fast.ops"],
     "regularizer.py": ["isonet_fast.models", "isonet_fast.train"],
+    "train/data": ["isonet_fast.train.commands", "isonet_fast.train.saving", "isonet_fast.train.loop"],
+    "train/saving": ["isonet_fast.train.commands", "isonet_fast.train.data", "isonet_fast.train.loop"],
     "init.py": ["isonet_fast.nn", "isonet_fast.models", "isonet_fast.train"],
 }
 
