@@ -21,14 +21,20 @@ def printable(text: str) -> str:
 def lasting_output() -> Iterator[None]:
     """Within, sys.stdout and sys.stderr take every character and outlive their terminal."""
     before = sys.stdout, sys.stderr
-    for stream in before:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (_Lasting(stream) if stream.isatty() else stream for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w") as nowhere:
+        try:
+            sys.stdout, sys.stderr = (
+                _lasting(stream or nowhere) for stream in before
+            )  # without one: closed, as by >&-
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _lasting(stream: TextIO) -> Any:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return _Lasting(stream) if stream.isatty() else stream
 
 
 class _Lasting:

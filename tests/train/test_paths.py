@@ -19,6 +19,9 @@ from .test_commands import FOLDER, words
 ODD = 'a #1: "it\'s" [*&] $HOME ~ü\n'
 
 
+BRIEF = ["data.source=synthetic:8", "data.image_size=8", "data.batch_size=8", "schedule.epochs=1"]
+
+
 def test_every_option_that_is_a_path(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +83,15 @@ def test_the_command_that_goes_on_can_be_pasted(tmp_path: Path) -> None:
 
 def test_names_are_printed_on_one_line() -> None:
     assert printable("naïve \n\x1b[2J\udcff") == r"naïve \n\x1b[2J\udcff"
+
+
+def test_without_any_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>&-` leaves Python without a stream."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["train", "--config", "nothing"]) == 1
+    assert main(["train", "--config", "isonet_digits", "--output", str(tmp_path / "run"), *words(*BRIEF)]) == 0
+    assert sys.stdout is None
 
 
 def test_names_that_the_output_cannot_encode(photographs: Path, tmp_path: Path) -> None:
