@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test faults fuzz check kernels bench wheel test-gpu sanitize-gpu bench-gpu install-gpu clean
+.PHONY: help demo docs test faults fuzz check kernels bench wheel test-gpu sanitize-gpu bench-gpu install-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/ -/' | sort
@@ -40,6 +40,9 @@ bench: $(READY)  ## the CPU lines of the performance targets
 	$(BIN)/python -m benchmarks.run_all --device cpu
 
 # Not for the GPU in this machine, as other builds are.
+docs: $(READY)  ## the documentation site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 wheel: $(READY)  ## dist/*.whl, with CUDA kernels for every architecture (with a CUDA torch, or ISONET_FAST_CUDA=1)
 	ISONET_FAST_CUDA_ARCHS=release $(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/python tools/wheel_architectures.py dist/*.whl

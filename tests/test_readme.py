@@ -1,6 +1,10 @@
-"""The Python of the README and of docs/own-network.md runs as it is printed."""
+"""The README and the documentation: their Python runs, their links lead somewhere, and the site builds."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +32,14 @@ def test_every_picture_is_linked():
     pages = "".join(page.read_text() for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
     for picture in ROOT.glob("docs/**/*.png"):
         assert picture.name in pages, f"docs/{picture.name} is linked from no page"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="mkdocstrings is not installed")
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "orthogonality_loss" in (tmp_path / "api" / "index.html").read_text()
