@@ -21,8 +21,10 @@ from .layers import (
     Types,
     absent,
     has_values,
+    is_layer,
     is_transposed,
     layer_of,
+    overridden,
     own_penalty,
     shape_of,
     types,
@@ -54,7 +56,7 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     if weight is None:
         raise TypeError(f"conv must be a convolution or a linear layer with its own weight, got {type(conv).__name__}")
     assert isinstance(conv, KINDS)
-    why = absent(conv, KINDS) or unfit(conv, weight, KINDS) or ("" if has_values(weight) else NO_VALUES)
+    why = absent(conv, KINDS) or unfit(weight) or ("" if has_values(weight) else NO_VALUES)
     if why not in ("", NONE):
         raise TypeError(f"conv must have a dense floating-point weight to read, got {type(conv).__name__}: {why}")
     kernel = weight.detach().double()
@@ -155,8 +157,10 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(input_size, (str, int)) or not isinstance(input_size, Sequence):
+        raise TypeError(f"input_size must be the sizes of one input, (C, H, W) for images, got {input_size!r}")
     include = types(include)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, KINDS)}
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     excluded = {name: _why_not(module, include) for name, module in layers.items()}
     lazy = [name for name, why in excluded.items() if why == LAZY]
     if lazy:
@@ -181,7 +185,7 @@ def _why_not(module: nn.Module, include: Types) -> str:
     weight = weight_of(module)
     if weight is None:
         return PARAMETRIZED
-    return unfit(module, weight, include) or ("" if has_values(weight) else NO_VALUES)
+    return unfit(weight) or overridden(module, include) or ("" if has_values(weight) else NO_VALUES)
 
 
 def _row(name: str, module: Any, size: tuple[int, ...]) -> Row:

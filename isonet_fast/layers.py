@@ -26,10 +26,12 @@ KINDS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 Filter = Callable[[str, nn.Module], bool]
 Types = type[nn.Module] | tuple[type[nn.Module], ...]
 
-# why a layer is left out; the last one comes unasked, so that it is worth a warning
+# why a layer is left out
 LINEAR, ADJOINT, NONE = "linear, not in include", "transposed, not in include", "penalty=None"
 LAZY = "lazy, without a shape yet"
+QUANTISED = "quantised"
 PARAMETRIZED = "parametrized"
+WEIGHT = " weight"  # what kind of weight precedes it
 
 
 def official_filter(name: str, module: nn.Module) -> bool:
@@ -85,11 +87,24 @@ def own_penalty(module: nn.Module) -> str | None:
     return module.penalty if isinstance(module, _Orthogonal) else "isonet"
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether the tables have a row for it: a convolution, a transposed one, a linear layer, or a quantised one."""
+    return isinstance(module, KINDS) or _is_quantised(module)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Their classes are slow to import: where nobody has imported them, there are none."""
+    quantised = sys.modules.get("torch.ao.nn.quantized.modules.utils")
+    return quantised is not None and isinstance(module, quantised.WeightedQuantizedModule)
+
+
 def absent(module: nn.Module, include: Types = ()) -> str:
-    """Why a module of `KINDS` is none of the layers to ask a filter about; empty if it is one.
+    """Why a layer (`is_layer`) is none to ask a filter about; empty if it is one.
 
     `include` has the classes that are left out otherwise.
     """
+    if not isinstance(module, KINDS):
+        return QUANTISED
     weight, wanted = weight_of(module), isinstance(module, include)
     if isinstance(module, nn.Linear) and not isinstance(module, OrthoLinear) and not wanted:
         return LINEAR
@@ -102,28 +117,24 @@ def absent(module: nn.Module, include: Types = ()) -> str:
     return LAZY if is_lazy(weight) else ""
 
 
-def unfit(module: nn.Module, weight: Tensor, include: Types = ()) -> str:
-    """Why no penalty can be computed from this weight; empty if it can.
-
-    A subclass with a forward of its own may compute another weight from the one that it holds (weight
-    standardisation): it needs its class in `include`.
-    """
+def unfit(weight: Tensor) -> str:
+    """Why no penalty can be computed from this weight; empty if it can."""
     if weight.is_nested or weight.layout != torch.strided:
-        return f"{'nested' if weight.is_nested else str(weight.layout).rpartition('.')[2].strip('_')} weight"
+        return f"{'nested' if weight.is_nested else str(weight.layout).rpartition('.')[2].strip('_')}{WEIGHT}"
     if weight.dtype not in FLOATS:
-        return f"{str(weight.dtype).removeprefix('torch.')} weight"
+        return f"{str(weight.dtype).removeprefix('torch.')}{WEIGHT}"
     if is_traceable_wrapper_subclass(weight) and not is_sharded(weight):
-        return f"{type(weight).__name__} weight"
-    if not isinstance(module, include) and not _is_plain(module):
-        return f"{type(module).__name__} has a forward of its own and is not in include"
+        return f"{type(weight).__name__}{WEIGHT}"
     return ""
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether its class computes as its parent in torch.nn does."""
+def overridden(module: nn.Module, include: Types = ()) -> str:
+    """Whether a subclass has a forward of its own, in words: it may compute another weight from the one that it holds
+    (weight standardisation). Empty where its class is in `include`."""
     parent = next(kind for kind in KINDS if isinstance(module, kind))
-    methods = ("forward", "_conv_forward")
-    return all(getattr(type(module), name, None) is getattr(parent, name, None) for name in methods)
+    own = any(getattr(type(module), m, None) is not getattr(parent, m, None) for m in ("forward", "_conv_forward"))
+    own = own and not isinstance(module, include)
+    return f"{type(module).__name__} has a forward of its own and is not in include" if own else ""
 
 
 def warn(message: str) -> None:

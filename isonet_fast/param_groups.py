@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .nn import SharedScale
 
 
-def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:
     """The official optimizer groups: SReLU biases without weight decay, shared scales at lr / 10 (with decay).
 
     Every parameter is in exactly one group; each group has its `lr` and `weight_decay`, and a schedule that
-    multiplies learning rates keeps the ratio.
+    multiplies learning rates keeps the ratio. `lr` may be a tensor, as optimizers take it.
+
+    Raises TypeError for a model that is no module, and for an `lr` or a `weight_decay` that is no number; ValueError
+    for a negative one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check("lr", lr)
+    _check("weight_decay", weight_decay)
     scales = {id(m.scale) for m in model.modules() if isinstance(m, SharedScale)}
     srelu: list[nn.Parameter] = []
     shared: list[nn.Parameter] = []
@@ -30,3 +38,12 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[
         {"params": shared, "lr": lr / 10, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _check(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        return  # the optimizer's business; asking for its value would wait for the device
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not float(value) >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")

@@ -122,7 +122,7 @@ class OrthoRegularizer:
 
     def _still_fits(self, module: nn.Module) -> bool:
         weight = weight_of(module)
-        return weight is not None and (module in self._sharded or not unfit(module, weight, self._selection.include))
+        return weight is not None and (module in self._sharded or not unfit(weight))
 
     def _current(self, module: nn.Module) -> nn.Parameter:
         """The weight as it is now. Between forward and backward FSDP2 may have a gathered copy in a shard's place, in
@@ -240,6 +240,10 @@ class OrthoRegularizer:
         weights, problem, shards = self._gather()
         if shards is not None:
             return self._accumulate_sharded(weights, problem, shards, scale)
+        if weights and weights[0].is_meta:
+            raise ValueError(
+                "accumulate_grad_() needs weights with values, got weights on the meta device"
+            )
         self._order.check(weights)
         total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, scale)
         self._order.added(weights)

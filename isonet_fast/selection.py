@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from .layers import (
     ADJOINT,
-    KINDS,
     LAZY,
     LINEAR,
     NONE,
     PARAMETRIZED,
+    QUANTISED,
+    WEIGHT,
     Filter,
     Types,
     absent,
+    is_layer,
     official_filter,
+    overridden,
     own_penalty,
     types,
     unfit,
@@ -29,7 +32,7 @@ from .layers import (
 
 Coeff = float | Callable[[str, nn.Module], float]
 FILTER = "filter"
-UNASKED = (FILTER, LINEAR, ADJOINT, NONE, LAZY)  # a layer left out for another reason is worth a warning
+UNASKED = (FILTER, LINEAR, ADJOINT, NONE, LAZY, QUANTISED)  # a layer left out for another reason is worth a warning
 
 
 class Chosen(NamedTuple):
@@ -58,10 +61,12 @@ class Selection:
         self.look()
 
     def changed(self) -> bool:
-        """Whether a module was replaced, added or removed since, or one has a weight by now. A call asks it every time:
-        it compares what the modules hold, and visits none."""
+        """Whether a module was replaced, added or removed since, or one that had no weight to use has one by now.
+
+        Every call asks: what the modules hold is compared, and no module visited.
+        """
         return self._children != self._known or any(
-            type(module) is not kind or (weight_of(module) is not None) != held for module, kind, held in self._waiting
+            type(module) is not kind or weight_of(module) is not weight for module, kind, weight in self._waiting
         )
 
     def look(self) -> None:
@@ -69,7 +74,7 @@ class Selection:
         before = dict(self.excluded.values())
         had, self.included, self.excluded = bool(self.included) or not before, {}, {}
         for name, module in self.model.named_modules():
-            if isinstance(module, KINDS):
+            if is_layer(module):
                 why = self._why_not(name, module)
                 if why:
                     self.excluded[name] = module, why
@@ -80,9 +85,9 @@ class Selection:
         self._children = [module._modules for module in self.model.modules()]
         self._known = [dict(children) for children in self._children]
         self._waiting = [
-            (module, type(module), weight_of(module) is not None)
+            (module, type(module), weight_of(module))
             for module, why in self.excluded.values()
-            if why in (PARAMETRIZED, LAZY)
+            if why in (PARAMETRIZED, LAZY) or why.endswith(WEIGHT)
         ]
         listed = {module for module, *_ in (*self.included.values(), *self.excluded.values())}
         self._answers = {module: answer for module, answer in self._answers.items() if module in listed}
@@ -98,7 +103,7 @@ class Selection:
             return FILTER
         weight = weight_of(module)
         assert weight is not None
-        return unfit(module, weight, self.include)
+        return unfit(weight) or overridden(module, self.include)
 
     def _ask(self, name: str, module: nn.Module) -> float | None:
         answer = _answer("filter", self.filter, name, module)

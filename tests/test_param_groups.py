@@ -1,5 +1,8 @@
 """param_groups: the official optimizer groups, with every parameter exactly once."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -108,3 +111,36 @@ def test_a_schedule_that_multiplies_keeps_the_ratio():
 
 def test_a_model_without_parameters_has_no_groups():
     assert param_groups(nn.ReLU(), 0.1, 0.0) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"model": None}, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        ({"model": [nn.Parameter(torch.ones(1))]}, TypeError, "model must be a torch.nn.Module, got list"),
+        ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
+        ({"lr": None}, TypeError, "lr must be a number, got None"),
+        ({"lr": True}, TypeError, "lr must be a number, got True"),
+        ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be at least 0, got nan"),
+        ({"weight_decay": [0.1]}, TypeError, r"weight_decay must be a number, got \[0.1\]"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0, got -0.1"),
+    ],
+)
+def test_errors_name_the_argument(arguments, error, message):
+    with pytest.raises(error, match=message):
+        param_groups(**{"model": nn.Linear(2, 2), "lr": 0.1, "weight_decay": 0.0} | arguments)
+
+
+def test_numbers_of_any_kind_and_tensors_are_learning_rates():
+    (group,) = param_groups(SharedScale(), np.float32(0.5), Fraction(1, 4))
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(0.05), 0.25)
+    (group,) = param_groups(SharedScale(), torch.tensor(0.5), 0)
+    assert isinstance(group["lr"], torch.Tensor) and group["lr"].item() == pytest.approx(0.05)
+
+
+def test_parameters_without_values_are_in_their_group():
+    """On the meta device, lazy, complex: the optimizer decides what it can do with them."""
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.Conv2d(3, 3, 3, device="meta"), nn.Linear(2, 2, dtype=torch.cfloat))
+    model.append(SReLU(4))
+    assert [len(group["params"]) for group in param_groups(model, 0.1, 0.0)] == [6, 1]
