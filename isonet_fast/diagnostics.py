@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import existence
 from .functional import orthogonality_loss
 from .layers import (
     CONVOLUTIONS,
     KINDS,
-    LAZY,
     NONE,
     PARAMETRIZED,
     Types,
@@ -157,13 +157,11 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(input_size, (str, int)) or not isinstance(input_size, Sequence):
-        raise TypeError(f"input_size must be the sizes of one input, (C, H, W) for images, got {input_size!r}")
     include = types(include)
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     excluded = {name: _why_not(module, include) for name, module in layers.items()}
-    lazy = [name for name, why in excluded.items() if why == LAZY]
-    if lazy:
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:  # a forward pass would give them one
         raise ValueError(f"model has lazy layers without a shape yet, {lazy[0]!r} first; give it a batch before")
     readable = {name: module for name, module in layers.items() if not excluded[name]}
     sizes = _feature_maps(model, readable, _sizes(input_size)) if readable else {}

@@ -241,9 +241,7 @@ class OrthoRegularizer:
         if shards is not None:
             return self._accumulate_sharded(weights, problem, shards, scale)
         if weights and weights[0].is_meta:
-            raise ValueError(
-                "accumulate_grad_() needs weights with values, got weights on the meta device"
-            )
+            raise ValueError("accumulate_grad_() needs weights with values, got weights on the meta device")
         self._order.check(weights)
         total, self._losses = orthogonality.accumulate_grad_(weights, _grads(weights), problem, scale)
         self._order.added(weights)

@@ -79,3 +79,80 @@ def test_errors_of_a_report_name_the_argument():
         diagnostics.isometry_report(conv, (3, 8, 8))
     assert "_conv_forward" not in vars(conv)
     assert diagnostics.isometry_report(torch.nn.ReLU(), (2, 8, 8)) == []
+
+
+def rows_by_name(*arguments, **keywords):
+    return {row.name: row for row in diagnostics.isometry_report(*arguments, **keywords)}
+
+
+def test_every_layer_has_a_row_with_its_numbers_or_the_reason():
+    class Scaled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.ModuleDict(
+        {
+            "conv": torch.nn.Conv2d(2, 4, 3, stride=2),
+            "up": torch.nn.ConvTranspose2d(4, 4, 4, stride=2, padding=1),
+            "own": Scaled(4, 4, 3),
+            "unused": torch.nn.Conv2d(4, 4, 3),
+            "normed": torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(4, 4, 1)),
+            "linear": torch.nn.Linear(4, 4),
+            "ortho": OrthoLinear(4, 4),
+            "never": OrthoConv2d(4, 4, 1, penalty=None),
+        }
+    )
+    names = ["conv", "up", "own", "normed", "never"]
+    model.forward = lambda x: [x := model[name](x) for name in names]
+    rows = rows_by_name(model, (2, 16, 16))
+    assert {name: row.excluded for name, row in rows.items()} == {
+        "conv": "",
+        "up": "transposed, not in include",
+        "own": "Scaled has a forward of its own and is not in include",
+        "unused": "not reached by this input",
+        "normed": "parametrized",
+        "linear": "linear, not in include",
+        "ortho": "",
+        "never": "",
+    }
+    assert rows["conv"].grid == (16, 16) and rows["ortho"].grid == () and rows["ortho"].isometry == "both"
+    assert rows["up"].smallest != rows["up"].smallest, "NaN"
+    asked = rows_by_name(model, (2, 16, 16), include=(torch.nn.Linear, torch.nn.ConvTranspose2d, Scaled))
+    assert [name for name, row in asked.items() if row.excluded] == ["unused", "normed"]
+    assert asked["up"].grid == (14, 14), "the grid of what it writes"
+    conv = torch.nn.Conv2d(4, 4, 4, stride=2, padding=1)
+    conv.weight = model["up"].weight
+    largest = diagnostics.singular_values(conv, 14)[0].item()
+    assert (
+        asked["up"].largest
+        == pytest.approx(largest)
+        == pytest.approx(diagnostics.singular_values(model["up"], 14)[0].item())
+    )
+
+
+def test_a_report_leaves_the_mode_of_every_module_as_it_was():
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Dropout()).train()
+    model[1].eval()  # frozen statistics
+    diagnostics.isometry_report(model, (2, 8, 8))
+    assert [module.training for module in model] == [True, False, True]
+
+
+def test_weights_without_values_are_excluded_and_lazy_ones_refused():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), OrthoLinear(2, 2))
+    rows = rows_by_name(model, (2, 8, 8))
+    assert [row.excluded for row in rows.values()] == ["no values (meta device or FakeTensor)"] * 2
+    with pytest.raises(TypeError, match="conv must have a dense floating-point weight to read, got Conv2d: no values"):
+        diagnostics.singular_values(model[0], 8)
+    lazy = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="model has lazy layers without a shape yet, '2.weight' first"):
+        diagnostics.isometry_report(lazy, (2, 8, 8))
+    assert isinstance(lazy[2], torch.nn.LazyLinear)
+
+
+def test_a_complex_or_sparse_weight_is_named():
+    conv = torch.nn.Conv2d(2, 2, 3, dtype=torch.cfloat)
+    with pytest.raises(TypeError, match="got Conv2d: complex64 weight"):
+        diagnostics.singular_values(conv, 8)
+    rows = rows_by_name(torch.nn.Sequential(conv), (2, 8, 8))
+    assert rows["0"].excluded == "complex64 weight"
