@@ -134,8 +134,10 @@ def orthogonality_loss(
         T = { t : |t_i| <= k_i - 1 and dilation_i t_i divisible by stride_i }
 
     penalty: "isonet", the official one (Qi et al., ICML 2020, eq. 5: rows are inputs where I/g < O/g); "lorth", 0
-    exactly where the operator is row- or column-orthogonal, the right choice for strided layers and for your own
-    networks (after Achour et al., JMLR 2022); "matrix", the flattened kernel, 1/2 ||K K^T - I||^2.
+    exactly where the operator is row- or column-orthogonal on the inputs that its taps reach, the right choice for
+    strided layers and for your own networks (after Achour et al., JMLR 2022; a kernel smaller than its stride leaves
+    inputs unread, and `existence.isometry` says what a shape allows); "matrix", the flattened kernel,
+    1/2 ||K K^T - I||^2.
 
     One tensor or a list. For a list, `stride`, `dilation` and `groups` may be *lists* with one entry per weight; an int
     or a tuple (one value per spatial dimension) serves all. All weights on one device; half precision is computed in

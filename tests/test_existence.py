@@ -169,6 +169,12 @@ def test_both_tables_have_the_column():
     nn.init.orthogonal_(conv.weight)
     (row,) = OrthoRegularizer(conv, penalty="lorth").summary()
     assert row.value == pytest.approx(0, abs=1e-10) and row.isometry == "none, reads 1 of 4 inputs"
+    values = diagnostics.singular_values(conv, 8)
+    dense = torch.linalg.svdvals(operator(conv.weight.detach().double(), (2, 2), (1, 1), 1, (4, 4)))
+    assert dense.lt(1e-6).sum() == 24 and dense.sub(1).abs().lt(1e-6).sum() == 8, (
+        "of the inputs that are read, all kept"
+    )
+    assert values.lt(1e-6).any()
     report = diagnostics.isometry_report(conv, (2, 8, 8))
     assert report[0].isometry == row.isometry and (report[0].smallest, report[0].largest) == pytest.approx(
         (0, 1), abs=1e-6
