@@ -1,7 +1,8 @@
 """`make kernels`: compile every kernel without a GPU, print what the compilers made of it, fail where a gate fails.
 
 Writes build/kernels.json: a list of {kernel, arch, registers, shared, spills, loads_128, stores_128, tensor_core,
-async_loads}. CUDA kernels from lower_cuda.py, Triton kernels from lower_triton.py.
+async_loads}. CUDA kernels from lower_cuda.py, Triton kernels from lower_triton.py; what their launches should take from
+schedule.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def main() -> int:
     partial.write_text(json.dumps(table, indent=1))
     os.replace(partial, target)
     show(table)
-    print(f"\n{len(table)} kernels, written to {target.relative_to(ROOT)}")
+    print(f"\n{len(table)} kernels, written to {target.relative_to(ROOT)}\n")
+    if importlib.util.find_spec("triton") is not None:
+        schedule = importlib.import_module("schedule")
+        schedule.report(schedule.NETWORKS, schedule.Machine())
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -1,0 +1,48 @@
+"""The model of the launches' time: its arithmetic, and what it predicts of the published networks."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "tools"))
+
+import schedule
+
+
+def test_programs_start_in_order_where_one_is_free():
+    assert schedule.makespan([3, 2, 2, 2], 2) == 5  # 3 + 2 beside 2 + 2
+    assert schedule.makespan([2, 2, 2, 3], 2) == 5
+    assert schedule.makespan([2, 2, 2, 2, 3], 2) == 7  # the longest last
+    assert schedule.makespan([], 2) == 0
+
+
+def test_steps_are_counted_from_the_tables():
+    """Every multiply-add of the summary is in some program's steps."""
+    plan = schedule.plan_of(schedule.layers_of("isonet18"))
+    unit = schedule.Machine(multiprocessors=1, tflops=1e-6, l2_tbytes=1e9, tile_us=0, gradient_bytes=0)
+    flops = sum(float(us.sum()) for _, us in schedule.programs(plan, unit))
+    assert flops == pytest.approx(sum(row.padded_flops for row in plan.summary()), rel=1e-12)
+
+
+def test_each_assumption_counts():
+    """A slower machine takes longer, whichever part of it is slower."""
+    plan = schedule.plan_of(schedule.layers_of("isonet18"))
+    usual = schedule.total_us(plan, schedule.Machine())
+    slower = dict(tflops=400, l2_tbytes=4, memory_tbytes=2, tile_us=4, launch_us=4, finish_us=20)
+    for name, value in (slower | {"gradient_bytes": 12}).items():
+        assert schedule.total_us(plan, schedule.Machine(**{name: value})) > usual, name
+
+
+def test_sharing_the_work_pays():
+    assert schedule.speedup("isonet18", 1, schedule.Machine()) == 1
+    assert schedule.speedup("isonet18", 2, schedule.Machine()) > 1.5
+
+
+def test_the_schedule_is_printed(capsys):
+    schedule.report(["isonet18"], schedule.Machine())
+    printed = capsys.readouterr().out
+    assert "isonet18" in printed and "gram 128x128" in printed and "times floor and packing" in printed
+    assert np.isfinite(schedule.ratio("isonet18", schedule.Machine()))

@@ -1,0 +1,173 @@
+"""What the penalty's launches should take: a plan's tables, scheduled on the multiprocessors of a GPU.
+
+    python tools/schedule.py [isonet34 ...] [--l2-tbytes 5.5 ...]
+
+A model, of which no part was measured on a GPU. A launch's programs start in the order of their table, each on the
+first multiprocessor that is free. A program takes
+
+    tile_us + steps * max(products / tensor rate, bytes / L2 rate) + bytes of the gradient / memory rate
+
+with an equal share of every rate for each multiprocessor. "floor" is the time of the multiplications that the
+mathematics needs at the rate of a large product, and of packing. Every assumption is an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import heapq
+import math
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import torch
+
+from isonet_fast import OrthoConv2d, models
+from isonet_fast.geometry import Layer
+from isonet_fast.kernels.plan import Plan
+from isonet_fast.problem import Problem
+from isonet_fast.regularizer import official_filter
+
+NETWORKS = ("isonet18", "isonet34", "isonet50", "isonet101")
+SHARDED = ("isonet34", "isonet50")
+RANKS = (8, 64)
+
+
+@dataclasses.dataclass
+class Machine:
+    """An H200, as far as the model knows it."""
+
+    multiprocessors: int = 132
+    tflops: float = 620.0  # of bf16 products in a loop
+    floor_tflops: float = 790.0  # of one large product
+    l2_tbytes: float = 7.0  # a second
+    memory_tbytes: float = 4.4
+    tile_us: float = 2.0  # a tile's prologue and epilogue
+    launch_us: float = 1.0  # from one kernel of a graph to the next
+    finish_us: float = 7.0  # one program
+    gradient_bytes: float = 8.0  # per element that is accumulated: 8 where it is loaded and stored, 4 where it is added
+
+    def step_us(self, flops: float, nbytes: float) -> float:
+        """One step of a program's loop."""
+        return 1e-6 * self.multiprocessors * max(flops / self.tflops, nbytes / self.l2_tbytes)
+
+
+class Launch(NamedTuple):
+    name: str
+    us: float
+    programs: int
+    balance: float  # time if every multiprocessor were busy to the end, relative to what it takes
+
+
+def layers_of(network: str) -> tuple[Layer, ...]:
+    """What the official code penalises of a published network."""
+    with torch.device("meta"):
+        model = getattr(models, network)()
+    return tuple(
+        Layer(tuple(module.weight.shape), module.stride, module.dilation, module.groups, "isonet")
+        for name, module in model.named_modules()
+        if isinstance(module, OrthoConv2d) and official_filter(name, module)
+    )
+
+
+def plan_of(layers: tuple[Layer, ...], share: tuple[int, int] = (0, 1)) -> Plan:
+    return Plan(Problem(layers, (1.0,) * len(layers), None, share), "tma")
+
+
+def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
+    """Of every launch of tiles, what each program takes, in the order in which they start."""
+    for gram, table in plan.gram_tiles.items():
+        taps = table["depth"].astype(np.int64) * table["height"] * table["width"]
+        steps = taps * (table["columns"] // gram.chunk)
+        size = gram.block * gram.chunk
+        step = machine.step_us(2 * plan.variant.products * size * gram.block, 4 * size * 2)
+        yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step
+    done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
+    for grad, table in plan.grad_tiles.items():
+        taps = done[table["last_run"]] - done[table["first_run"]]
+        steps = taps * (table["contracted"] // grad.depth)
+        elements = grad.rows * grad.columns
+        step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
+        stored = 1e-6 * machine.multiprocessors * elements * machine.gradient_bytes / machine.memory_tbytes
+        yield f"grad {grad.rows}x{grad.columns}", np.where(steps > 0, machine.tile_us + steps * step + stored, 0.5)
+
+
+def makespan(us: Iterable[float], multiprocessors: int) -> float:
+    """When the last program ends if each starts, in order, where one is free."""
+    busy = [0.0] * multiprocessors
+    for program in us:
+        heapq.heapreplace(busy, busy[0] + program)
+    return max(busy)
+
+
+def launches(plan: Plan, machine: Machine) -> list[Launch]:
+    """Every launch of a penalty with its gradient, in order."""
+    made = [Launch("pack", pack_us(plan, machine), len(plan.pack_tiles), 1.0)] if len(plan.pack_tiles) else []
+    for name, us in programs(plan, machine):
+        took = makespan(us, machine.multiprocessors)
+        made.append(Launch(name, took, len(us), us.sum() / machine.multiprocessors / took))
+    grams = sum(launch.name.startswith(("pack", "gram")) for launch in made)
+    made.insert(grams, Launch("finish", machine.finish_us, 1, 1 / machine.multiprocessors))
+    return made
+
+
+def pack_us(plan: Plan, machine: Machine) -> float:
+    """Reading every weight of 4 bytes and writing its two planes, of 2 each."""
+    elements = sum(math.prod(p.layer.shape) for p in plan.packed if p.offsets)
+    return 1e-6 * 8 * elements / machine.memory_tbytes
+
+
+def total_us(plan: Plan, machine: Machine) -> float:
+    made = launches(plan, machine)
+    return sum(launch.us for launch in made) + machine.launch_us * len(made)
+
+
+def floor_us(plan: Plan, machine: Machine) -> float:
+    return 1e-6 * sum(row.flops for row in plan.summary()) / machine.floor_tflops + pack_us(plan, machine)
+
+
+def ratio(network: str, machine: Machine) -> float:
+    """Predicted time of a penalty with its gradient over its floor."""
+    plan = plan_of(layers_of(network))
+    return total_us(plan, machine) / floor_us(plan, machine)
+
+
+def speedup(network: str, ranks: int, machine: Machine) -> float:
+    """Predicted gain of sharing the work between ranks, by the slowest of them."""
+    layers = layers_of(network)
+    slowest = max(total_us(plan_of(layers, (rank, ranks)), machine) for rank in range(ranks))
+    return total_us(plan_of(layers), machine) / slowest
+
+
+def report(networks: Iterable[str], machine: Machine) -> None:
+    """Print the predicted schedule of each network, and what ranks gain."""
+    print("predicted microseconds (share of the time in which multiprocessors are busy), a model:")
+    for network in networks:
+        plan = plan_of(layers_of(network))
+        parts = ", ".join(f"{each.name} {each.us:.0f} ({each.balance:.0%})" for each in launches(plan, machine))
+        took, floor = total_us(plan, machine), floor_us(plan, machine)
+        print(f"{network:10} {took:.0f}, {took / floor:.2f} times floor and packing ({floor:.0f}): {parts}")
+    for network in (name for name in networks if name in SHARDED):
+        gains = ", ".join(f"{speedup(network, ranks, machine):.1f}x on {ranks} ranks" for ranks in RANKS)
+        print(f"{network:10} {gains}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("networks", nargs="*", default=NETWORKS)
+    for assumption in dataclasses.fields(Machine):
+        name = "--" + assumption.name.replace("_", "-")
+        options.add_argument(name, type=type(assumption.default), default=assumption.default, help="%(default)s")
+    given = vars(options.parse_args())
+    networks = given.pop("networks")
+    report(networks, Machine(**given))
+
+
+if __name__ == "__main__":
+    main()
