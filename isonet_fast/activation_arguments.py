@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.srelu import wide
 from .penalty_arguments import FLOATS, check_dense
 
 LAYOUTS = {
@@ -75,7 +76,7 @@ def kernel_parameter(parameter: Tensor, x: Tensor) -> Tensor:
     """
     if parameter.dtype in (x.dtype, torch.float32):
         return parameter
-    return parameter.to(torch.promote_types(x.dtype, torch.float32))
+    return parameter.to(wide(x.dtype))
 
 
 def number(name: str, value: Any) -> float:

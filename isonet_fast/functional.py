@@ -104,7 +104,7 @@ def residual_srelu(
         batch = shortcut.unsqueeze(0), branch.unsqueeze(0)
         return residual_srelu(*batch, bias, scale, inplace, shortcut.dim() - 1).squeeze(0)
     if branch.dtype != shortcut.dtype:
-        dtype = torch.promote_types(shortcut.dtype, branch.dtype)
+        dtype = torch.float64 if torch.float64 in (shortcut.dtype, branch.dtype) else torch.float32
         inplace = inplace and branch.dtype == dtype
         shortcut, branch = shortcut.to(dtype), branch.to(dtype)
     if standard.wanted():

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
 from ..activation_arguments import check_dtype, checked_spatial_dims, number, positive_int
+from ..ops.srelu import wide
 from .conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
 
 
@@ -95,10 +96,10 @@ class SharedScale(nn.Module):
             y = conv(x)
             return self(y).to(y.dtype)
         weight, bias = conv.weight, conv.bias
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        scale = self.scale.to(wide).view(())
-        scaled = (scale * weight.to(wide)).to(weight.dtype)
-        return conv._conv_forward(x, scaled, None if bias is None else (scale * bias.to(wide)).to(bias.dtype))
+        dtype = wide(weight.dtype)
+        scale = self.scale.to(dtype).view(())
+        scaled = (scale * weight.to(dtype)).to(weight.dtype)
+        return conv._conv_forward(x, scaled, None if bias is None else (scale * bias.to(dtype)).to(bias.dtype))
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ._library import implement, ops
-from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients
+from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients, wide
 
 
 def summed(shortcut: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     """shortcut + s * branch, formed in float32 at least and rounded once."""
-    wide = torch.promote_types(shortcut.dtype, torch.float32)
-    scaled = branch.to(wide) if scale is None else scale.to(wide).reshape(()) * branch.to(wide)
-    return (shortcut.to(wide) + scaled).to(shortcut.dtype)
+    dtype = wide(shortcut.dtype)
+    scaled = branch.to(dtype) if scale is None else scale.to(dtype).reshape(()) * branch.to(dtype)
+    return (shortcut.to(dtype) + scaled).to(shortcut.dtype)
 
 
 def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -43,13 +43,13 @@ def _residual_srelu_(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tens
 def _residual_srelu_backward(
     grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(output.dtype, torch.float32)
+    dtype = wide(output.dtype)
     taken = blocked(output, bias)
     grad_shortcut = torch.empty_like(output).copy_(grad_output).masked_fill_(taken, 0)
     grad_branch = torch.empty_like(output)
-    grad_branch.copy_(grad_shortcut.to(wide) * scale.to(wide).view(()))
+    grad_branch.copy_(grad_shortcut.to(dtype) * scale.to(dtype).view(()))
     grad_bias = channel_sum(torch.where(taken, grad_output, 0), bias)
-    grad_scale = (grad_shortcut.to(wide) * branch.to(wide)).sum().to(scale.dtype).view_as(scale)
+    grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
     return grad_shortcut, grad_branch, grad_bias, grad_scale
 
 
@@ -76,10 +76,10 @@ def scaled_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dshortcut, dbranch, db, ds), differentiable where somebody asks for that (create_graph=True)."""
     if torch._C._are_functorch_transforms_active():  # is_grads_batched
-        wide = torch.promote_types(output.dtype, torch.float32)
+        dtype = wide(output.dtype)
         grad_shortcut, grad_bias = standard_gradients(grad_output, output, bias)
-        grad_branch = (grad_shortcut.to(wide) * scale.to(wide).reshape(())).to(output.dtype)
-        grad_scale = (grad_shortcut.to(wide) * branch.to(wide)).sum().to(scale.dtype).view_as(scale)
+        grad_branch = (grad_shortcut.to(dtype) * scale.to(dtype).reshape(())).to(output.dtype)
+        grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
         return grad_shortcut, grad_branch, grad_bias, grad_scale
     if torch.is_grad_enabled():
         return ResidualSReLUBackward.apply(grad_output, output, branch, bias, scale)
@@ -138,10 +138,10 @@ class ResidualSReLUBackward(torch.autograd.Function):
         dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
         """
         grad_output, output, branch, bias, scale = ctx.saved_tensors
-        taken, wide = blocked(output, bias), torch.promote_types(output.dtype, torch.float32)
-        s, gg_s = scale.to(wide).reshape(()), gg_scale.to(wide).reshape(())
-        passed = gg_shortcut + s * gg_branch.to(wide) + gg_s * branch.to(wide)
+        taken, dtype = blocked(output, bias), wide(output.dtype)
+        s, gg_s = scale.to(dtype).reshape(()), gg_scale.to(dtype).reshape(())
+        passed = gg_shortcut + s * gg_branch.to(dtype) + gg_s * branch.to(dtype)
         grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed).to(output.dtype)
-        masked = torch.where(taken, 0, grad_output).to(wide)
+        masked = torch.where(taken, 0, grad_output).to(dtype)
         grad_scale = (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
         return grad_grad, None, (gg_s * masked).to(output.dtype), None, grad_scale

@@ -17,6 +17,11 @@ from torch import Tensor
 from ._library import implement, ops
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of this dtype are formed in. (torch.promote_types would be an operator of an exported graph.)"""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def per_channel(bias: Tensor, x: Tensor) -> Tensor:
     """The C values of bias rounded to x's dtype, in the shape that broadcasts over x (N, C, ...)."""
     return bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 2))
@@ -30,8 +35,7 @@ def blocked(output: Tensor, bias: Tensor) -> Tensor:
 def channel_sum(values: Tensor, bias: Tensor) -> Tensor:
     """Sum over every axis but C, accumulated in float32 at least, in bias's dtype and shape."""
     dims = [d for d in range(values.dim()) if d != 1]
-    wide = torch.promote_types(values.dtype, torch.float32)
-    return values.sum(dims, dtype=wide).to(bias.dtype).reshape(bias.shape)
+    return values.sum(dims, dtype=wide(values.dtype)).to(bias.dtype).reshape(bias.shape)
 
 
 @implement("srelu")
