@@ -305,7 +305,7 @@ def test_export_to_a_place_that_does_not_take_it(
     for out, reason in {
         f"file/out.{kind}": f"[Errno 20] Not a directory: '{tmp_path}/file'",
         f"directory.{kind}": f"[Errno 21] Is a directory: '{tmp_path}/directory.{kind}'",
-        "file": f"the file to write must end in .pt or .safetensors, got {tmp_path}/file",
+        "file": f"the file to write must end in .pt, .safetensors, .onnx or .pt2, got {tmp_path}/file",
     }.items():
         assert main([*export, str(tmp_path / out)]) == 1
         assert capsys.readouterr().err == f"isonet-fast: {reason}\n"

@@ -303,7 +303,7 @@ def test_export(out: str, folder: Path, three: Any, capsys: pytest.CaptureFixtur
     last = rows(directory)[-1]
     assert measured["top1"] == float(last["val_top1"]) and measured["loss"] == pytest.approx(float(last["val_loss"]))
     assert main(["export", str(directory), str(folder / "weights.bin")]) == 1
-    assert "must end in .pt or .safetensors, got" in capsys.readouterr().err
+    assert "must end in .pt, .safetensors, .onnx or .pt2, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", ["__1_0.distcp", ".metadata", "run.pt", "manifest.json"])

@@ -40,11 +40,14 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.add_argument("--model", metavar="MODULE:FUNCTION", help="what builds the network, where it is one of your own")
     add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config, args.model))
-    add = commands.add_parser("export", help="the weights of a checkpoint alone, in one file")
+    add = commands.add_parser("export", help="the weights of a checkpoint alone, or its network as a graph")
     add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
-    add.add_argument("output", type=_path, metavar="OUT", help="OUT.pt, a plain state_dict, or OUT.safetensors")
+    add.add_argument(
+        "output", type=_path, metavar="OUT", help="weights: OUT.pt or OUT.safetensors; a graph: OUT.onnx or OUT.pt2"
+    )
+    add.add_argument("--size", type=int, help="of a graph's images (default: as configured)")
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
-    add.set_defaults(run=lambda args: evaluate.export(args.checkpoint, args.output, args.config))
+    add.set_defaults(run=lambda args: evaluate.export(args.checkpoint, args.output, args.config, args.size))
     add = commands.add_parser("info", help="which implementation serves each op on this machine, and why")
     add.set_defaults(run=lambda args: environment.info())
     return top

@@ -18,7 +18,7 @@ from ..build import build_model, choose_device, construct
 from ..config import Config, Model
 from ..data.datasets import open_source
 from ..data.loader import Loader
-from ..saving import checkpoint, weights
+from ..saving import checkpoint, graphs, weights
 from ..validation import validate
 
 _OURS = {"format", "config", "model"}  # keys of a checkpoint of this trainer, among others
@@ -80,10 +80,25 @@ def isometry(path: Path, size: int, preset: str | None = None, constructor: str 
     return report
 
 
-def export(path: Path, output: Path, preset: str | None = None) -> None:
-    """`isonet-fast export`: the weights of a checkpoint (see `run`) as one plain state_dict, in `output`."""
-    weights.check_target(output)
+def export(path: Path, output: Path, preset: str | None = None, size: int | None = None) -> None:
+    """`isonet-fast export`: the network of a checkpoint (see `run`) in `output`, in the format of its suffix.
+
+    .pt, .safetensors: one plain state_dict. .onnx, .pt2: the graph for images of size x size (None: those of the
+    configuration, 32 x 32 for isonet_cifar).
+    """
+    as_graph = output.suffix in graphs.SUFFIXES
+    if not as_graph and output.suffix not in weights.SUFFIXES:
+        *first, last = (*weights.SUFFIXES, *graphs.SUFFIXES)
+        raise ValueError(f"the file to write must end in {', '.join(first)} or {last}, got {output}")
+    if size is not None and (size < 8 or not as_graph):
+        raise ValueError(f"--size must be at least 8, and is of a graph (.onnx, .pt2), got {size} for {output.name}")
+    (graphs if as_graph else weights).check_target(output)
     model, settled = network(path, preset=preset)
+    if as_graph:
+        side = size or (32 if settled.model.name == "isonet_cifar" else settled.data.image_size)
+        graphs.write(model, (_channels(model), side, side), output)
+        print(f"the graph of {path} for images of {side} x {side} written to {output}")
+        return
     weights.write(model, settled.model, output)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights of {path} written to {output}")
 
