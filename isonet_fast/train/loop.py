@@ -37,20 +37,13 @@ from .saving import checkpoint
 from .saving.files import sweep
 from .validation import to_device, validate
 
-_KEYS = (
-    "classes",
-    "model",
-    "optimizer",
-    "regularizer",
-    "scaler",
-    "position",
-    "ranks",
-    "corrupt",
-)  # of every checkpoint
-
 
 class Run:
-    """One training run in one directory. `fit()` trains it to its end."""
+    """One training run in one directory. `fit()` trains it to its end.
+
+    keep: False for a run that leaves no files, prints no lines and answers no signals; it is there for its `rows` and
+        its `model`.
+    """
 
     def __init__(
         self,
@@ -58,9 +51,10 @@ class Run:
         directory: Path,
         state: dict[str, Any] | None = None,
         processes: Processes = ALONE,
+        keep: bool = True,
     ) -> None:
-        self.config, self.directory, self.processes = config, directory, processes
-        if processes.main:
+        self.config, self.directory, self.processes, self.keep = config, directory, processes, keep
+        if processes.main and keep:
             sweep(directory)
         self.device = processes.device(config.device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
@@ -91,7 +85,8 @@ class Run:
         common = data.workers, config.seed
         self.train_loader = Loader(self.source.train, data.batch_size, *common, True, pin, processes, config.accumulate)
         self.val_loader = Loader(self.source.val, data.eval_batch_size, *common, False, pin, processes)
-        self.log = Log(directory)
+        self.log = Log(directory) if processes.main and keep else None
+        self.rows: list[dict[str, float]] = []  # of the epochs that this process has seen end, as in metrics.csv
         self.sums = Sums(self.device)
         self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0  # examples: of the epoch done, by all
         self.penalty = torch.tensor(float("nan"), device=self.device)  # of the last step, unweighted, our share of it
@@ -122,6 +117,8 @@ class Run:
     def save(self, name: str = "latest") -> None:
         state, path = snapshot.take(self), self._path(name)
         self._check(state["model"])
+        if not self.keep:
+            return
         if self.sharded:
             checkpoint.save_sharded(state, path, self.processes)
         else:
@@ -137,24 +134,24 @@ class Run:
     def fit(self) -> dict[str, float]:
         """Train to the last epoch; returns the last row of metrics.csv. Raises Diverged, Interrupted, WorkerDied, and
         OSError for a full disk or data that are gone; each says how to go on."""
-        row: dict[str, float] = {}
-        with self._signals:
+        with self._signals if self.keep else nullcontext():
             try:
                 if not self.step:
                     self.save()  # so that a divergence in the first epoch has a checkpoint to name
-                if self.processes.main:
+                if self.log is not None:
                     self.log.start(self.epoch)
                 self._announce()
                 with naming_dead_workers(self.train_loader.loader.num_workers):
                     while self.epoch <= self.config.schedule.epochs:
-                        row = self._train_epoch()
+                        self._train_epoch()
             except (OSError, WorkerDied) as error:
                 kind = WorkerDied if isinstance(error, WorkerDied) else OSError
                 how = "" if self._saved_step is None else f" Go on with: {to_resume(self.directory)}"
                 raise kind(f"{error};{self._last_good()}{how}") from error
             finally:
-                self.log.close()
-        return row
+                if self.log is not None:
+                    self.log.close()
+        return self.rows[-1]
 
     def _announce(self) -> None:
         """The arithmetic of the recipe, whose learning rates and batches are per GPU."""
@@ -165,7 +162,7 @@ class Run:
                 f"learning rate {size} x {self.config.optimizer.lr:g} = {self.base_lr[0]:g}"
             )
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self) -> None:
         schedule.apply(self.optimizer, self.base_lr, self.epoch, self.config.schedule)
         start, before = time.perf_counter(), self.sums.over(self.processes).examples
         self.model.train()
@@ -188,7 +185,7 @@ class Run:
                     bar.set_postfix_str(f"{rate:.0f} images/s, loss {loss:.3f}, penalty {penalty:.4g}", refresh=False)
                 self._after_step()
         sums, seconds = self.sums.over(self.processes), time.perf_counter() - start
-        return self._end_epoch(sums, (sums.examples - before) / seconds, seconds)
+        self._end_epoch(sums, (sums.examples - before) / seconds, seconds)
 
     def _train_step(self, batches: list[Batch]) -> None:
         """Forward, cross entropy, backward, penalty, clipping, optimizer: in this order, for the loss is looked at
@@ -248,7 +245,7 @@ class Run:
         if every and self.step % every == 0:
             self.save()
 
-    def _end_epoch(self, trained: Sums, rate: float, seconds: float) -> dict[str, float]:
+    def _end_epoch(self, trained: Sums, rate: float, seconds: float) -> None:
         """Validate, write the row, move on to the next epoch, save."""
         row: dict[str, float] = {
             "epoch": self.epoch,
@@ -265,13 +262,14 @@ class Run:
         self._note(corrupt)
         row |= {f"val_{name}": value for name, value in sums.over(self.processes).means().items()}
         row["corrupt_images"] = len(self.all_corrupt())
-        if self.processes.main:
+        self.rows.append(row)
+        if self.log is not None:
             self.log.add(row)
-        self.processes.say(
-            f"epoch {self.epoch}: lr {row['lr']:.4g}, loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, "
-            f"top-1 {row['top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
-            f"top-5 {row['val_top5']:.2f} %; {rate:.0f} images/s"
-        )
+            self.processes.say(
+                f"epoch {self.epoch}: lr {row['lr']:.4g}, loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, "
+                f"top-1 {row['top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
+                f"top-5 {row['val_top5']:.2f} %; {rate:.0f} images/s"
+            )
         best, done = row["val_top1"] > self.best, self.epoch
         self.best = max(self.best, row["val_top1"])
         self.epoch, self.examples = self.epoch + 1, 0
@@ -285,7 +283,6 @@ class Run:
         self._stop = int(self.processes.largest(torch.tensor(float(self._signals.received), device=self.device)).get())
         if self._stop and self.epoch <= self.config.schedule.epochs:
             raise Interrupted(self._stop, self.step, self.directory)
-        return row
 
     # -- what can go wrong ------------------------------------------------------------------------------------------
 

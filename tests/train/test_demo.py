@@ -3,7 +3,7 @@
 import copy
 import inspect
 import json
-import math
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -11,17 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from isonet_fast import OrthoRegularizer, SReLU
+from isonet_fast import SReLU
 from isonet_fast.models import isonet_cifar
 from isonet_fast.models.official import official_penalty
+from isonet_fast.train import config
 from isonet_fast.train.commands import cli, demo
+from isonet_fast.train.data import datasets
 from isonet_fast.train.data.digits import digits
 from isonet_fast.train.divergence import Diverged, first_nonfinite
+from isonet_fast.train.loop import Run
 
 pytest.importorskip("sklearn", reason="the demo's data come with scikit-learn: pip install 'isonet_fast[demo]'")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib: pip install 'isonet_fast[demo]'")
 
-DEPTH = demo.DEPTH  # of the real demo: the tests use a shallow one
+recipe = demo.recipe  # of the real demo: the tests use a shallow network
 KEYS = ["network", "depth", "device", "epochs", "seconds", "test_accuracy", "penalty", "step_ms", "speedup"]
 
 
@@ -32,26 +35,31 @@ def few_digits(seed=0, count=96):
 
 @pytest.fixture(scope="module")
 def small():
-    """The demo with a shallow network and few images; `small.models` are the networks it trained."""
-    models = []
+    """The demo with a shallow network and few images; `small.runs` are the runs that it made."""
+    runs = []
 
-    def network(*args, **kwargs):
-        models.append(isonet_cifar(*args, **kwargs))
-        return models[-1]
+    def shallow(*args):
+        settled = recipe(*args)
+        settled.model.depth = 8
+        return settled
+
+    def run(*args, **kwargs):
+        runs.append(Run(*args, **kwargs))
+        return runs[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "DEPTH", 8)
-        patch.setattr(demo, "digits", few_digits)
-        patch.setattr(demo, "isonet_cifar", network)
+        patch.setattr(demo, "recipe", shallow)
+        patch.setattr(demo, "Run", run)
+        patch.setattr(datasets, "digits", few_digits)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield SimpleNamespace(models=models)
+        yield SimpleNamespace(runs=runs)
 
 
 @pytest.fixture(scope="module")
 def finished(small, tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "runs" / "demo"
     summary = demo.run(epochs=2, output=output)
-    return SimpleNamespace(output=output, summary=summary, model=small.models[-1])
+    return SimpleNamespace(output=output, summary=summary, model=small.runs[-1].model)
 
 
 def test_summary_has_exactly_the_promised_keys(finished):
@@ -102,14 +110,14 @@ def test_prints_a_table_with_every_figure(small, tmp_path, capsys, monkeypatch):
     assert "96 digits" in out and str(tmp_path / "summary.json") in out and str(tmp_path / "training.png") in out
 
 
-def test_settings_are_those_known_to_train():
-    """DESIGN section 9; the defaults of the command too."""
-    assert (DEPTH, demo.BATCH, demo.LR, demo.MOMENTUM, demo.WEIGHT_DECAY) == (32, 32, 0.005, 0.9, 1e-4)
-    assert demo.GAMMA == 1e-4
+def test_the_recipe_is_the_preset():
+    """With another number of epochs the milestones keep their share of them."""
+    assert recipe(20, 0, None) == config.load("isonet_digits")
     args = cli.parser().parse_args(["demo"])
-    assert (args.epochs, args.lr, args.seed, str(args.output)) == (20, 0.005, 0, "runs/demo")
-    rates = [demo.learning_rate(epoch, 20, 1.0) for epoch in range(1, 21)]
-    assert rates == pytest.approx([0.5] + [1.0] * 11 + [0.1] * 5 + [0.01] * 3)
+    assert (args.epochs, args.lr, args.seed, str(args.output)) == (20, None, 0, "runs/demo")
+    assert "(default 0.005)" in inspect.getsource(cli) and recipe(20, 0, None).optimizer.lr == 0.005
+    other = recipe(10, 3, 0.1)
+    assert (other.schedule.milestones, other.seed, other.optimizer.lr) == ([6, 8], 3, 0.1)
 
 
 def test_digits_are_the_standardised_split():
@@ -123,83 +131,33 @@ def test_digits_are_the_standardised_split():
     assert torch.equal(digits(0)[0], images) and not torch.equal(digits(1)[0], images)
 
 
-def run_training(lr, epochs=2, seed=0, count=96):
-    torch.manual_seed(seed)
-    model = isonet_cifar(8, in_channels=1)
-    return model, demo.train(model, OrthoRegularizer(model, demo.GAMMA), few_digits(count=count), epochs, lr)
-
-
-def test_training_is_seeded():
-    first, second, other = (
-        [{k: v for k, v in row.items() if k != "seconds"} for row in run_training(0.02, seed=seed)[1]]
-        for seed in (0, 0, 1)
-    )
-    assert first == second != other
-
-
-def test_training_learns():
-    """Forty steps are enough to leave chance behind: ln 10 = 2.30."""
-    _, rows = run_training(0.2, epochs=5, count=256)
-    losses = [row["loss"] for row in rows]
-    assert losses[0] == pytest.approx(2.3, abs=0.02) and losses[-1] < 2.1
-
-
 def test_timing_is_of_at_least_ten_steps_and_leaves_the_network_alone():
     assert inspect.signature(demo.time_steps).parameters["steps"].default >= 10
     model = isonet_cifar(8, in_channels=1)
     before = copy.deepcopy(model.state_dict())
     images, labels, *_ = few_digits()
-    times = demo.time_steps(model, images[:2], labels[:2], steps=1, warmup=0)
+    times = demo.time_steps(model, images[:2], labels[:2], demo.recipe(20, 0, None), steps=1, warmup=0)
     assert list(times) == ["official", "isonet_fast", "bare"] and all(value > 0 for value in times.values())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_divergence_stops_with_step_layer_and_remedy():
-    model, rows = run_training(lr=1e6)
-    with pytest.raises(Diverged) as raised:
-        list(rows)
-    error = raised.value
-    assert 1 < error.step <= 6 and error.layer in dict(model.named_modules())
-    assert f"step {error.step}" in str(error) and f"layer {error.layer!r}" in str(error)
-    assert "halve the learning rate" in str(error).lower()
-
-
-class BreaksAt(nn.Module):
-    """Finite until the given call."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call, self.calls = call, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x if self.calls < self.call else x * float("inf")
-
-
-def test_divergence_counts_the_steps_of_the_whole_training():
-    """Three steps and one evaluation per epoch: the fifth call is step 4."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10), BreaksAt(5))
-    with pytest.raises(Diverged, match=r"step 4: layer '2'"):
-        list(demo.train(model, OrthoRegularizer(model), few_digits(), 2, 0.001))
-
-
 def test_divergence_in_the_command_is_one_line_and_exit_code_1(small, tmp_path, capsys):
     (tmp_path / "summary.json").write_text("former")
     assert cli.main(["demo", "--lr", "1e6", "--epochs", "1", "--output", str(tmp_path)]) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("training:")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("epoch 1/1:")]
     assert len(lines) == 1 and lines[0].startswith("isonet-fast: non-finite loss at step ")
     assert "halve the learning rate" in lines[0].lower()
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
     assert (tmp_path / "summary.json").read_text() == "former"
 
 
-def test_a_large_learning_rate_of_the_real_network_diverges(capsys):
+def test_a_large_learning_rate_of_the_real_network_diverges(tmp_path, monkeypatch):
     """The 32-layer network on its real batches: lr 100 is gone within a few steps."""
-    torch.manual_seed(0)
-    model = isonet_cifar(DEPTH, in_channels=1)
+    monkeypatch.setattr(datasets, "digits", few_digits)
     with pytest.raises(Diverged, match=r"(?i)step \d+: layer '[a-z0-9_.]+' .*halve the learning rate"):
-        list(demo.train(model, OrthoRegularizer(model, demo.GAMMA), few_digits(), 1, 100.0))
+        Run(recipe(1, 0, 100.0), tmp_path, keep=False).fit()
+    assert list(tmp_path.iterdir()) == []
 
 
 class Breaks(nn.Module):
@@ -253,10 +211,10 @@ def test_a_failure_while_writing_leaves_the_former_file(small, tmp_path, monkeyp
 def training_fails(monkeypatch):
     """Whoever reaches the training has noticed too late."""
 
-    def train(*args):
+    def fit(self):
         raise AssertionError("minutes of training for nothing")
 
-    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(Run, "fit", fit)
 
 
 @pytest.mark.parametrize(
@@ -279,42 +237,35 @@ def test_an_output_that_cannot_be_a_directory_fails_before_training(training_fai
     assert line.startswith("isonet-fast: ") and "taken" in line
 
 
-@pytest.mark.parametrize("epochs", [0, -3])
-def test_epochs_must_be_positive(training_fails, capsys, tmp_path, epochs):
-    assert cli.main(["demo", "--epochs", str(epochs), "--output", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"isonet-fast: epochs must be at least 1, got {epochs}\n"
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--seed", "-1"], "seed must be from 0 to 2**32 - 1, got -1"),
-        (["--seed", str(2**32)], "seed must be from 0 to 2**32 - 1, got 4294967296"),
-        (["--lr", "nan"], "lr must be positive and finite, got nan"),
-        (["--lr", "0"], "lr must be positive and finite, got 0.0"),
+        (["--epochs", "0"], "schedule.epochs must be positive and finite, got 0"),
+        (["--seed", "-1"], "seed must be finite and not negative, got -1"),
+        (["--seed", str(2**70)], "seed must be at most 1099511627776, got 11805916207"),
+        (["--lr", "nan"], "optimizer.lr must be positive and finite, got nan"),
+        (["--lr", "0"], "optimizer.lr must be positive and finite, got 0"),
     ],
 )
 def test_numbers_out_of_range(training_fails, capsys, tmp_path, words, message):
-    assert cli.main(["demo", *words, "--output", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"isonet-fast: {message}\n"
+    assert cli.main(["demo", *words, "--output", str(tmp_path / "demo")]) == 1
+    assert capsys.readouterr().err.startswith(f"isonet-fast: {message}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch, capsys, tmp_path):
-    def train(*args):
-        raise KeyboardInterrupt
+    """No handler of ours stands between Ctrl-C and the end: there is nothing to save."""
 
-    monkeypatch.setattr(demo, "train", train)
+    def train_step(self, batches):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "_train_step", train_step)
     assert cli.main(["demo", "--output", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "isonet-fast: interrupted\n"
+    assert capsys.readouterr().err.splitlines()[-1] == "isonet-fast: interrupted"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(["fly"])
     assert raised.value.code == 2 and "demo" in capsys.readouterr().err
-
-
-def test_losses_are_finite_numbers():
-    _, rows = run_training(0.005, epochs=1)
-    (row,) = rows
-    assert set(row) == {"loss", "penalty", "accuracy", "seconds"} and all(map(math.isfinite, row.values()))

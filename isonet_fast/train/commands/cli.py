@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("demo", help="train a 32-layer network on handwritten digits, about a minute")
     add.add_argument("--epochs", type=int, default=20)
-    add.add_argument("--lr", type=float, default=demo.LR, help="learning rate (default %(default)s)")
+    add.add_argument("--lr", type=float, help="learning rate (default 0.005)")
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--output", type=_path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
