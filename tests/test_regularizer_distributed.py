@@ -370,6 +370,50 @@ def fsdp_summary():
     assert [row.shape for row in rows][1] == (16, 16, 3, 3)
 
 
+def fsdp_layer_replaced():
+    """By one that is not sharded: refused. By one that is: followed."""
+    model, reg = fsdp()
+    reg()
+
+    def new():
+        return filled(nn.Conv2d(16, 4, 3, stride=2, bias=False)).double()
+
+    model[4] = new()
+    with pytest.raises(ValueError, match=r"either all .* are sharded by fully_shard or none is.*\(4, 16, 3, 3\)"):
+        reg.accumulate_grad_()
+    model[4] = fully_shard(new())
+    expected = network()
+    expected[4] = new()
+    (COEFF * penalty(expected)).backward()
+    reg.accumulate_grad_()
+    same(model, expected)
+    assert reg.last_total().item() == pytest.approx(penalty(expected).item(), rel=1e-12)
+
+
+def fsdp_optimizer_in_the_backward():
+    """Hooks that step as each gradient arrives see what accumulate_grad_() added before; reg() comes too late."""
+    model, reg = fsdp()
+    expected = single(network())
+    with torch.no_grad():
+        for p in expected.parameters():
+            p.sub_(0.01 * p.grad)
+
+    def step(p):
+        with torch.no_grad():
+            p.sub_(0.01 * p.grad)
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    with pytest.raises(RuntimeError, match=r"call accumulate_grad_\(\) before loss.backward\(\) instead"):
+        reg()
+    reg.accumulate_grad_()
+    task(model, dist.get_rank()).backward()
+    for p, want in zip(model.parameters(), expected.parameters(), strict=True):
+        assert p.grad is None
+        torch.testing.assert_close(full(p), want, rtol=1e-12, atol=1e-12)
+
+
 def sharded_otherwise():
     """What is not supported is refused with a reason."""
     ranks = dist.get_world_size()
@@ -441,6 +485,8 @@ CHECKS = {
     **named(fsdp_built_after_an_evaluation),
     **named(fsdp_interval),
     **named(fsdp_summary),
+    **named(fsdp_layer_replaced),
+    **named(fsdp_optimizer_in_the_backward),
     **named(sharded_otherwise),
     **named(made_before_fully_shard),
     **named(shard_group_of_other_ranks),
