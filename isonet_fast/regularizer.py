@@ -42,11 +42,12 @@ class OrthoRegularizer:
 
     Covers every Conv1d to Conv3d (subclasses too) and OrthoLinear; each Parameter once, however many modules share it.
     The model is looked at again at each call: layers that were replaced, added or removed, weights that FSDP,
-    `load_state_dict(assign=True)` or averaging exchanged, lazy layers that have a shape by now. Of one layer stride,
-    dilation and groups are those of the first call, and `filter` and `coeff` are asked once. Left out with a warning:
-    parametrized weights (reading one can advance a power iteration), subclasses whose own forward may compute another
-    weight (weight standardisation), weights that are sparse, complex, quantised or of a foreign tensor class. A
-    regularizer that finds nothing to penalise warns.
+    `load_state_dict(assign=True)` or averaging exchanged, lazy layers that have a shape by now. `penalty`, stride,
+    dilation and groups of a layer are those of the first call, and `filter` and `coeff` are asked once.
+
+    Left out with a warning: parametrized weights (reading one can advance a power iteration), subclasses whose own
+    forward may compute another weight (weight standardisation), weights that are sparse, complex, quantised or of a
+    foreign tensor class. A regularizer that finds nothing to penalise warns.
 
     model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
         the network after `fully_shard`. The default filter takes every convolution of it: in a detector also those of
@@ -102,7 +103,7 @@ class OrthoRegularizer:
         self._order = BackwardOrder(model, shares=shard_group is not None)
         self._shard = (0, 1)
         if shard_group is not None:
-            self._shard = (dist.get_rank(shard_group), dist.get_world_size(shard_group))
+            self._shard = _place_in(shard_group)
         self._adopt()
         if shard_group is not None:
             self._gather()  # so that the first backward pass is seen
@@ -172,7 +173,7 @@ class OrthoRegularizer:
                 f"OrthoRegularizer needs its weights on one device, they are on {', '.join(devices)}; "
                 "make one for each device, with filter="
             )
-        key = tuple((w.shape, m, is_sharded(w)) for w, m, *_ in weights.values())
+        key = tuple((w.shape, is_sharded(w), *layer) for w, *layer in weights.values())
         if key not in self._problems:
             layers = tuple(layer_of(w, m, chosen) for w, m, chosen, _ in weights.values())
             scale = self.interval * self._shard[1]
@@ -324,6 +325,20 @@ def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
                 if weight.requires_grad:
                     weight.grad = grads[n]
     return grads  # type: ignore[return-value]
+
+
+def _place_in(group: Any) -> tuple[int, int]:
+    """This process's rank in the group, and how many there are."""
+    try:
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    except Exception as error:
+        raise ValueError(
+            f"shard_group must be a process group of torch.distributed, after init_process_group, got "
+            f"{type(group).__name__}: {error}"
+        ) from error
+    if rank < 0:
+        raise ValueError("shard_group must be a process group that this process belongs to")
+    return rank, ranks
 
 
 def _interval(value: Any) -> int:

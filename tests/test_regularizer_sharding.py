@@ -64,6 +64,17 @@ def fake_ranks(monkeypatch):
     monkeypatch.setattr(regularizer, "dist", fake)
 
 
+def test_a_group_that_this_process_is_not_in_is_refused(fake_ranks):
+    with pytest.raises(ValueError, match="shard_group must be a process group that this process belongs to"):
+        OrthoRegularizer(network(), shard_group=FakeGroup(-1, -1))
+
+
+@pytest.mark.parametrize("group", ["world", 3, True])
+def test_what_is_no_process_group_is_refused(group):
+    with pytest.raises(ValueError, match=f"shard_group must be a process group .* got {type(group).__name__}: "):
+        OrthoRegularizer(network(), shard_group=group)
+
+
 RANKS = [1, 2, 3, 4, 5, 60]  # the network has 13 + 5 + 1 + 1 = 20 units
 
 
