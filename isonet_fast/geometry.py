@@ -1,4 +1,6 @@
-"""The shape of one layer's orthogonality problem: rows, columns, taps and the offsets between them.
+"""The shape of one layer's orthogonality problem: rows, columns, taps, and the units of which its work consists.
+
+A unit is an offset between taps or a frequency, by the form in which the layer is computed (`Layer.form`).
 
 Everything here follows from shapes alone. The closed form and the kernel for small layers (`ops/`) and the tile plan of
 the Triton kernels (`kernels/`) read it; the specification (`reference.py`) deliberately does not.
@@ -8,10 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 Offset = tuple[int, ...]
+Frequency = tuple[int, ...]
+
+# A layer is small if neither its residual nor a tap has more elements. Beyond, a layer deserves more than the one
+# thread that the compiled kernel gives it, and matrix products are large enough to use several.
+SMALL = 128**2
+# The compiled kernel multiplies a small layer's taps in cache; the frequency form must save this factor to be faster.
+# Measured on one thread of an AMD EPYC: with 2.9 times fewer products (32 channels, 5x5) the two take the same time,
+# with 3.6 (64 channels) the frequency form takes a third.
+SMALL_FACTOR = 3
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,8 @@ PENALTIES = {
 class Layer:
     """One weight of shape (O, I/g, k...) and how it is convolved; a linear layer has no k.
 
-    Hashable, so that plans and batches can be keyed by it. Only `offsets` is worth keeping; torch.compile can trace the
-    rest (not a cached_property).
+    Hashable, so that plans and batches can be keyed by it. What is worth keeping is a cached_property; torch.compile
+    can trace the rest.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +109,10 @@ class Layer:
         return self.rows <= 8
 
     @property
+    def small(self) -> bool:
+        return self.rows * max(self.rows, self.columns) <= SMALL
+
+    @property
     def constant(self) -> float:
         """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
         the operator has columns; 0 elsewhere)."""
@@ -121,32 +137,88 @@ class Layer:
         zero = (0,) * len(self.kernel)
         return tuple(t for t in itertools.product(*ranges) if t >= zero)
 
-    def overlap(self, offset: tuple[int, ...]) -> int:
+    def overlap(self, offset: Offset) -> int:
         """How many pairs of taps (u, u + t) exist: the size of a rectangle."""
         return math.prod(k - abs(t) for k, t in zip(self.kernel, offset, strict=True))
 
-    def gram_flops(self, offset: tuple[int, ...]) -> int:
+    def gram_flops(self, offset: Offset) -> int:
         """Multiply-adds, times two, of G_t over all groups (the diagonal's symmetry not exploited)."""
         return 2 * self.groups * self.rows**2 * self.columns * self.overlap(offset)
 
+    @property
+    def phases(self) -> tuple[int, ...]:
+        """Per dimension, how many input phases of the stride cell the taps reach."""
+        return tuple(min(k, step) for k, step in zip(self.kernel, self.steps, strict=True))
 
-def split_work(layers: tuple[Layer, ...], index: int, count: int) -> tuple[tuple[Offset, ...], ...]:
-    """The offsets of each layer that rank `index` of `count` computes: (layer, offset) units, balanced by FLOPs.
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """m_i: how many taps of one phase there are at most. G_t vanishes where |t_i| / steps_i >= m_i."""
+        return tuple(-(-k // p) for k, p in zip(self.kernel, self.phases, strict=True))
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """n_i = 2 m_i - 1: so many frequencies per dimension hold the support of G without wrapping."""
+        return tuple(2 * m - 1 for m in self.periods)
+
+    @cached_property
+    def frequencies(self) -> tuple[Frequency, ...]:
+        """Half of the grid, 0 first: B(-w) is the conjugate of B(w). The grid is odd, so that only 0 is its own."""
+        every = itertools.product(*map(range, self.grid))
+        opposite = ((w, tuple(-x % n for x, n in zip(w, self.grid, strict=True))) for w in every)
+        return tuple(w for w, other in opposite if w <= other)
+
+    @cached_property
+    def form(self) -> str:
+        """How the closed form computes this layer: "overlap" or "frequency", the one with fewer multiplications.
+
+        Small layers need a clear gain, thin ones are summed in float64 over few products. Ties go to "overlap".
+        """
+        factor = SMALL_FACTOR if self.small else 1
+        saves = self.multiplications("overlap") > factor * self.multiplications("frequency")
+        return "frequency" if saves and not self.thin else "overlap"
+
+    def units(self, form: str) -> tuple[tuple[int, ...], ...]:
+        """Offsets or frequencies: what can be computed apart, and adds up."""
+        return {"overlap": self.offsets, "frequency": self.frequencies}[form]
+
+    def work(self, form: str, unit: tuple[int, ...]) -> int:
+        """Multiplications of one unit's penalty and gradient in the closed form, as ops/overlap_form.py and
+        ops/frequency_form.py do them, over all groups."""
+        square = self.groups * self.rows**2 * self.columns
+        if form == "overlap":  # R_t; R_t A and R_t^T A
+            return square * self.overlap(unit) * (3 if any(unit) else 2)
+        wide = math.prod(self.phases)
+        if not any(unit):  # R; R B
+            return square * wide * 2
+        taps = math.prod(self.periods)
+        waves = 4 * self.groups * taps * self.rows * self.columns * wide  # cosine and sine, there and back
+        return square * wide * 5 + waves  # two products for R, three for R B
+
+    def multiplications(self, form: str) -> int:
+        return sum(self.work(form, unit) for unit in self.units(form))
+
+
+def split_work(
+    layers: tuple[Layer, ...], index: int, count: int, forms: Sequence[str] | None = None
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The units of each layer that rank `index` of `count` computes, balanced by multiplications.
 
     Longest unit first, each to the rank with the least work so far: the same split on every rank without
-    communication. `split_work(layers, 0, 1)` is everything.
+    communication. `split_work(layers, 0, 1)` is everything. Without `forms` units are offsets.
     """
+    forms = forms or ["overlap"] * len(layers)
     if count == 1:
-        return tuple(layer.offsets for layer in layers)
+        return tuple(layer.units(form) for layer, form in zip(layers, forms, strict=True))
     units = sorted(
-        ((layer.gram_flops(t), n, t) for n, layer in enumerate(layers) for t in layer.offsets),
-        key=lambda unit: (-unit[0], unit[1], unit[2]),
+        (-layer.work(form, unit), n, unit)
+        for n, (layer, form) in enumerate(zip(layers, forms, strict=True))
+        for unit in layer.units(form)
     )
     load = [0] * count
     mine: list[list[tuple[int, ...]]] = [[] for _ in layers]
-    for flops, n, t in units:
+    for negative_work, n, unit in units:
         rank = load.index(min(load))
-        load[rank] += flops
+        load[rank] -= negative_work
         if rank == index:
-            mine[n].append(t)
-    return tuple(tuple(sorted(offsets)) for offsets in mine)
+            mine[n].append(unit)
+    return tuple(tuple(sorted(share)) for share in mine)

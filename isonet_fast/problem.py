@@ -36,6 +36,7 @@ class Problem:
         self._text: str | None = None
         self._unique: Problem | None = None
         self._offsets: tuple[tuple[Offset, ...], ...] | None = None
+        self._units: dict[tuple[str, ...], tuple[tuple[tuple[int, ...], ...], ...]] = {}
         self._by_precision: list[tuple[list[int], Problem]] | None = None
 
     @property
@@ -64,6 +65,12 @@ class Problem:
         if self._offsets is None:
             self._offsets = split_work(self.layers, *self.share)
         return self._offsets
+
+    def units(self, forms: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The units of each layer that this rank computes, if every layer is computed in this form."""
+        if forms not in self._units:
+            self._units[forms] = split_work(self.layers, *self.share, forms)
+        return self._units[forms]
 
     @property
     def by_precision(self) -> list[tuple[list[int], Problem]]:

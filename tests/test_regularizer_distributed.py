@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, SReLU, reference, sharded
+from isonet_fast.geometry import Layer
+from isonet_fast.problem import read
 
 from .processes import outcomes
 
@@ -456,6 +458,14 @@ def named(check, **options):
     return out
 
 
+def by_frequency(check, **options):
+    """Ranks share (layer, frequency) units of some layers and (layer, offset) units of the others."""
+    with mock.patch.object(Layer, "form", property(lambda layer: "overlap" if layer.rows == 4 else "frequency")):
+        read.cache_clear()
+        check(**options)
+        read.cache_clear()
+
+
 BOTH, DDP_FORMS = [False, True], [loss_plus_reg, reg_plus_loss, before_backward, between]
 ONE_OF_EACH = [loss_plus_reg, before_backward]
 FSDP_FORMS = [*DDP_FORMS, after_backward]
@@ -475,6 +485,8 @@ CHECKS = {
     **named(fsdp_accumulation, form=FSDP_FORMS),
     **named(fsdp_frozen, form=FSDP_FORMS),
     **named(fsdp_more_ranks_than_units, form=ONE_OF_EACH),
+    **named(by_frequency, check=[ddp_steps], form=ONE_OF_EACH),
+    **named(by_frequency, check=[fsdp_steps], form=ONE_OF_EACH, split=[True], each=[True]),
     **named(fsdp_everything_frozen),
     **named(fsdp_scaled_gradients, split=BOTH),
     **named(fsdp_mixed_precision, form=FSDP_FORMS, each=BOTH),

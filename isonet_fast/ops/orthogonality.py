@@ -77,7 +77,9 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
 def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tensor], scale: float, add: bool) -> Tensor:
     """Each layer's penalty, (L,). Its gradient times scale * coefficient is written or added into `grads`, if any."""
     factors = [scale * c for c in problem.coefficients]
-    small = small_layers.members(weights, problem.layers, grads)
+    forms = _forms(weights, problem)
+    units = problem.units(forms)
+    small = [n for n in small_layers.members(weights, problem.layers, grads) if forms[n] == "overlap"]
 
     def sink(n: int, grad: Tensor) -> None:
         if add:
@@ -85,12 +87,12 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
         else:
             torch.mul(grad, factors[n], out=grads[n])
 
-    offsets = list(problem.offsets)
+    work = list(zip(forms, units, strict=True))
     for n in small:
-        offsets[n] = ()
-    losses = closed_form.evaluate(weights, problem.layers, offsets, sink if grads else None)
+        work[n] = "overlap", ()
+    losses = closed_form.evaluate(weights, problem.layers, work, sink if grads else None)
     if small:
-        plan, constants = _small_plan(problem, small)
+        plan, constants = _small_plan(problem, small, units)
         squares = ops.orthogonality_small_(
             [weights[n] for n in small], [grads[n] for n in small if grads], plan, [factors[n] for n in small], add
         )
@@ -98,11 +100,23 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
     return losses
 
 
-def _small_plan(problem: Problem, members: list[int]) -> tuple[Tensor, Tensor]:
+def _forms(weights: Sequence[Tensor], problem: Problem) -> tuple[str, ...]:
+    """How the closed form computes each layer.
+
+    Where work is shared every rank must split it in the same way: on a GPU another rank may have the Triton kernels,
+    whose units are offsets.
+    """
+    if problem.share[1] > 1 and any(w.is_cuda for w in weights) and not any(w.dtype == torch.float64 for w in weights):
+        return ("overlap",) * len(weights)
+    return tuple([layer.form for layer in problem.layers])
+
+
+def _small_plan(
+    problem: Problem, members: list[int], units: tuple[tuple[tuple[int, ...], ...], ...]
+) -> tuple[Tensor, Tensor]:
     key = "small", *members
     if key not in problem.tables:
-        layers, offsets = [problem.layers[n] for n in members], [problem.offsets[n] for n in members]
-        problem.tables[key] = small_layers.plan(layers, offsets)
+        problem.tables[key] = small_layers.plan([problem.layers[n] for n in members], [units[n] for n in members])
     return problem.tables[key]
 
 

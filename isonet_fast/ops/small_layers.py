@@ -13,11 +13,6 @@ from torch import Tensor
 from ..geometry import Layer
 from . import _library
 
-# Elements of the residual and of a tap. On one thread the kernel takes 1/1.6 to 1/2.5 of the closed form's time for
-# 3x3 layers of 64 channels, 1/1.4 for 128, 1/1.2 for 192. Beyond the limit a layer deserves more than the one thread
-# that the kernel gives it, and the closed form's matrix products are large enough to use them.
-LIMIT = 128**2
-
 
 def members(weights: Sequence[Tensor], layers: Sequence[Layer], grads: Sequence[Tensor] = ()) -> list[int]:
     """Indices of the layers that the kernel serves; `grads`, if any, are what it would write to."""
@@ -26,9 +21,7 @@ def members(weights: Sequence[Tensor], layers: Sequence[Layer], grads: Sequence[
     return [
         n
         for n, (weight, layer) in enumerate(zip(weights, layers, strict=True))
-        if _is_plain(weight)
-        and layer.rows * max(layer.rows, layer.columns) <= LIMIT
-        and (not grads or _is_plain(grads[n]))
+        if _is_plain(weight) and layer.small and (not grads or _is_plain(grads[n]))
     ]
 
 

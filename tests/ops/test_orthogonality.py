@@ -6,9 +6,9 @@ from torch.library import opcheck
 
 from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer, split_work
-from isonet_fast.ops import closed_form, orthogonality
+from isonet_fast.ops import orthogonality, overlap_form
 from isonet_fast.penalty_arguments import checked_layer
-from isonet_fast.problem import Problem
+from isonet_fast.problem import Problem, read
 
 ops = torch.ops.isonet_fast
 
@@ -30,6 +30,18 @@ LAYERS = [
     ((17, 33), 1, 1, 1),
     ((33, 17), 1, 1, 1),
 ]
+
+
+both_forms = pytest.mark.usefixtures("form")  # where the closed form computes
+
+
+@pytest.fixture(params=["overlap", "frequency"])
+def form(request, monkeypatch):
+    """Every layer in this form, whatever it costs."""
+    monkeypatch.setattr(Layer, "form", property(lambda layer: request.param))
+    read.cache_clear()
+    yield request.param
+    read.cache_clear()
 
 
 def weights_like(shape, kind, device, dtype):
@@ -67,6 +79,7 @@ def reference_value_and_grads(weights, **geometry):
     return loss.detach(), torch.autograd.grad(loss, wide)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["dirac", "near", "random"])
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -84,6 +97,7 @@ def test_against_the_reference(shape, stride, dilation, groups, penalty, kind, d
     assert (grad.double() - exact_grad).norm() <= grad_error * exact_grad.norm() + 1e-5
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_weights_are_computed_in_float32(dtype, device):
     weight = weights_like((16, 16, 3, 3), "random", device, dtype).requires_grad_()
@@ -103,6 +117,7 @@ def network(device, dtype=torch.float64):
     return weights, dict(stride=stride, dilation=dilation, groups=groups, penalty="lorth")
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_whole_list_is_the_sum(dtype, device):
     weights, geometry = network(device, dtype)
@@ -115,6 +130,7 @@ def test_a_whole_list_is_the_sum(dtype, device):
         assert relative(grad, want) < grad_error
 
 
+@both_forms
 def test_two_forwards_before_a_backward(device):
     weights, geometry = network(device, torch.float32)
     first = functional.orthogonality_loss(weights, **geometry)
@@ -128,6 +144,7 @@ def test_two_forwards_before_a_backward(device):
         assert relative(w.grad, want) < 1e-2
 
 
+@both_forms
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
 def test_weights_of_any_layout(layout, device):
     weight = torch.randn(8, 6, 3, 3, device=device)
@@ -147,6 +164,7 @@ def test_weights_of_any_layout(layout, device):
         assert grad.stride() == weight.stride()
 
 
+@both_forms
 def test_weights_that_need_no_gradient(device):
     weights, geometry = network(device, torch.float32)
     weights[1].requires_grad_(False)
@@ -156,6 +174,7 @@ def test_weights_that_need_no_gradient(device):
         assert not functional.orthogonality_loss(weights, **geometry).requires_grad
 
 
+@both_forms
 def test_no_grad_keeps_nothing(device):
     weights, _ = network(device, torch.float32)
     problem = problem_of(weights[:1], "isonet")
@@ -167,6 +186,7 @@ def problem_of(weights, penalty, part=(0, 1), coefficients=None, stride=1):
     return Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
 
 
+@both_forms
 def test_autocast_leaves_the_penalty_in_float32(device):
     """torch.mm inside a custom op obeys autocast unless it is disabled there."""
     weight = weights_like((32, 32, 3, 3), "near", device, torch.float32).requires_grad_()
@@ -180,6 +200,7 @@ def test_autocast_leaves_the_penalty_in_float32(device):
     assert relative(grad, exact_grad) < grad_error
 
 
+@both_forms
 def test_gradcheck(device):
     for penalty in PENALTIES:
         weight = torch.randn(4, 2, 3, 2, dtype=torch.double, device=device, requires_grad=True)
@@ -188,6 +209,7 @@ def test_gradcheck(device):
         assert torch.autograd.gradcheck(f, (weight, other), fast_mode=True)
 
 
+@both_forms
 def test_opcheck(device):
     # Triton's panels must be full: what pads them is never written, and opcheck compares everything
     shapes = [(128, 256, 1, 1), (256, 128)] if served_by_triton(device) else [(4, 4, 3, 3), (4, 6)]
@@ -228,6 +250,7 @@ def test_compile_fullgraph_forward_and_backward(device):
         torch.testing.assert_close(a, b)
 
 
+@both_forms
 def test_functional_call_sees_the_swapped_weight(device):
     conv = torch.nn.Conv2d(4, 4, 3, device=device)
 
@@ -253,6 +276,7 @@ def test_a_second_derivative_is_refused(device):
         torch.autograd.grad(functional.orthogonality_loss(weight), weight, create_graph=True)
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_accumulate_grad_is_the_gradient_added(dtype, device):
     weights, geometry = network(device, dtype)
@@ -271,6 +295,7 @@ def test_accumulate_grad_is_the_gradient_added(dtype, device):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-5)
 
 
+@both_forms
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 60])
 def test_shares_of_all_ranks_add_up(ranks, device):
     """Over (layer, offset) units: loss, each layer's penalty and every gradient, also with more ranks than units."""
@@ -315,13 +340,14 @@ def test_half_of_the_offsets_covers_all():
 
 def test_layers_of_one_shape_are_one_batch(monkeypatch, device):
     sizes = []
-    original = closed_form._batch
-    monkeypatch.setattr(closed_form, "_batch", lambda taps, *rest: sizes.append(len(taps)) or original(taps, *rest))
+    original = overlap_form.batch
+    monkeypatch.setattr(overlap_form, "batch", lambda taps, *rest: sizes.append(len(taps)) or original(taps, *rest))
     weights = [torch.randn(8, 8, 3, 3, dtype=torch.double, device=device) for _ in range(5)]
     functional.orthogonality_loss([*weights, weights[0].flatten(1)])
     assert sizes == [5, 1]
 
 
+@both_forms
 def test_tall_lorth_layers_take_float32(device):
     """At their optimum R is a projector, not zero: in bf16 the gradient would be noise."""
     tall = init.delta_(torch.empty(64, 3, 3, 3, device=device), stride=2)

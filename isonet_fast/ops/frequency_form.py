@@ -1,0 +1,121 @@
+"""The penalty as a sum over frequencies: fewer multiplications than the overlapping taps, and fewer roundings.
+
+Let tap u be r q + p, with the phase p and q = 0 .. m - 1 in every dimension (r: `Layer.phases`, m: `Layer.periods`).
+The phases side by side are columns: B_q = [A_{r q + p}]_p. Then G_{r t} = sum over q of B_q B_{q+t}^T. It vanishes
+for |t| >= m, so that n = 2 m - 1 frequencies per dimension hold it without wrapping, and by Parseval
+
+    B(w) = sum over q of B_q e^{-iwq} = C - iS              R = B(w) B(w)^H - I
+    loss = 1/(2n) * sum over w of || R ||_F^2               dL/dB_q = 2/n * sum over w of Re(e^{iwq} R B(w))
+
+Frequencies other than 0 come in conjugate pairs, of which one is computed. For a pair two real products give R and
+three give R B (Gauss); by definition each would take four:
+
+    E = (C + S)(C + S)^T,  P = C S^T:      Re R = E - P - P^T - I,   Im R = P - P^T
+    D = Re R (C - S):                      Re(R B) = D + (Re R + Im R) S,   Im(R B) = D + (Im R - Re R) C
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import Frequency, Layer
+
+# Elements of scratch memory: so many pairs (layer, frequency) at a time as fit, at least one.
+SCRATCH = 2**21
+MATRICES_PER_PAIR = 10
+
+
+def pack(taps: Tensor, layer: Layer) -> Tensor:
+    """(g, M, N, k...) -> (g, Q, M, N phases): the B_q, filled up with zeros where r q + p is no tap."""
+    sizes = list(zip(layer.kernel, layer.periods, layer.phases, strict=True))
+    missing = [m * r - k for k, m, r in sizes]
+    if any(missing):
+        taps = F.pad(taps, [side for fill in reversed(missing) for side in (0, fill)])
+    dims = len(sizes)
+    split = taps.reshape(*taps.shape[:3], *(size for _, m, r in sizes for size in (m, r)))
+    q, p = range(3, 3 + 2 * dims, 2), range(4, 4 + 2 * dims, 2)
+    return split.permute(0, *q, 1, 2, *p).reshape(len(taps), math.prod(layer.periods), taps.shape[1], -1)
+
+
+def unpack(blocks: Tensor, layer: Layer) -> Tensor:
+    dims, columns = len(layer.kernel), layer.columns
+    split = blocks.reshape(len(blocks), *layer.periods, layer.rows, columns, *layer.phases)
+    pairs = [axis for d in range(dims) for axis in (1 + d, 3 + dims + d)]
+    sizes = [m * r for m, r in zip(layer.periods, layer.phases, strict=True)]
+    taps = split.permute(0, 1 + dims, 2 + dims, *pairs).reshape(len(blocks), layer.rows, columns, *sizes)
+    inside: tuple = (..., *(slice(k) for k in layer.kernel))
+    return taps[inside]
+
+
+def batch(
+    blocks: Tensor, layer: Layer, frequencies: tuple[Frequency, ...], want_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Penalty (B,) and gradient (B, Q, M, N phases) of layers of one shape."""
+    blocks = blocks.contiguous()
+    # the device of Apple's GPUs has no float64
+    losses = blocks.new_zeros(len(blocks), dtype=None if blocks.device.type == "mps" else torch.float64)
+    grads = torch.zeros_like(blocks) if want_grad else None
+    pairs = [w for w in frequencies if any(w)]
+    together = max(1, SCRATCH // (MATRICES_PER_PAIR * layer.rows * max(layer.rows, blocks.shape[-1])))
+    for first in range(0, len(blocks), together):
+        some = slice(first, first + together)
+        grad = None if grads is None else grads[some]
+        if len(pairs) < len(frequencies):
+            losses[some] += _at_zero(blocks[some], grad)
+        per_slice = max(1, together // len(blocks[some]))
+        for at in range(0, len(pairs), per_slice):
+            cos, sin = _waves(layer.periods, layer.grid, tuple(pairs[at : at + per_slice]), blocks.dtype, blocks.device)
+            losses[some] += _at_pairs(blocks[some], cos, sin, grad)
+    n = math.prod(layer.grid)
+    return losses.div_(2 * n), None if grads is None else grads.mul_(2 / n)
+
+
+def _at_zero(blocks: Tensor, grad: Tensor | None) -> Tensor:
+    """|| R ||^2 at w = 0, (B,). R B is added to `grad`."""
+    b = blocks.sum(1)
+    residual = torch.bmm(b, b.mT)
+    residual.diagonal(dim1=1, dim2=2).sub_(1)
+    if grad is not None:
+        grad.add_(torch.bmm(residual, b).unsqueeze(1))
+    return residual.square().sum((1, 2))
+
+
+def _at_pairs(blocks: Tensor, cos: Tensor, sin: Tensor, grad: Tensor | None) -> Tensor:
+    """|| R ||^2 summed over w and -w for each row of `cos` and `sin`, (B,). Their gradient is added to `grad`."""
+    _, _, rows, columns = blocks.shape
+    flat = blocks.flatten(2)
+    c, s = (torch.matmul(wave, flat).view(-1, rows, columns) for wave in (cos, sin))
+    mixed = c + s
+    real, p = torch.bmm(mixed, mixed.mT), torch.bmm(c, s.mT)
+    real.sub_(p).sub_(p.mT).diagonal(dim1=1, dim2=2).sub_(1)
+    imaginary = p - p.mT
+    squares = real.square().sum((1, 2)) + imaginary.square().sum((1, 2))
+    if grad is not None:
+        d = torch.bmm(real, torch.sub(c, s, out=mixed))
+        re = torch.baddbmm(d, torch.add(real, imaginary, out=p), s)
+        im = torch.baddbmm(d, imaginary.sub_(real), c)
+        for part, wave, sign in ((re, cos, 2), (im, sin, -2)):
+            back = wave.T.expand(len(blocks), -1, -1)
+            grad.flatten(2).baddbmm_(back, part.view(len(blocks), len(wave), -1), alpha=sign)
+    return 2 * squares.view(len(blocks), -1).sum(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _waves(
+    periods: tuple[int, ...],
+    grid: tuple[int, ...],
+    frequencies: tuple[Frequency, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """cos(wq) and sin(wq), (frequencies, Q), rounded once."""
+    q = torch.tensor(list(itertools.product(*map(range, periods))), dtype=torch.float64)
+    turns = torch.tensor(frequencies, dtype=torch.float64) / torch.tensor(grid, dtype=torch.float64)
+    angles = 2 * math.pi * (turns @ q.T)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
