@@ -55,12 +55,12 @@ def _streaming(device: torch.device) -> str:
 def _matrix(device: torch.device) -> str:
     if device.type != "cuda":
         small = "C++ kernel (csrc) for small float32 layers, otherwise " if _library.compiled_for(device.type) else ""
-        return f"{small}closed form, one GEMM per offset"
+        return f"{small}closed form"
     try:
         why = kernels.unavailable(device)
     except torch.cuda.OutOfMemoryError:
         return "not known: no memory is left to try the Triton kernels"
-    return f"closed form, one GEMM per offset: {why}" if why else "Triton kernels"
+    return f"closed form: {why}" if why else "Triton kernels"
 
 
 def _launch_streaming(device: torch.device) -> None:

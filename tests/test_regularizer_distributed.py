@@ -458,11 +458,11 @@ def named(check, **options):
     return out
 
 
-def by_frequency(check, **options):
+def by_frequency(steps_of, **options):
     """Ranks share (layer, frequency) units of some layers and (layer, offset) units of the others."""
     with mock.patch.object(Layer, "form", property(lambda layer: "overlap" if layer.rows == 4 else "frequency")):
         read.cache_clear()
-        check(**options)
+        steps_of(**options)
         read.cache_clear()
 
 
@@ -485,8 +485,8 @@ CHECKS = {
     **named(fsdp_accumulation, form=FSDP_FORMS),
     **named(fsdp_frozen, form=FSDP_FORMS),
     **named(fsdp_more_ranks_than_units, form=ONE_OF_EACH),
-    **named(by_frequency, check=[ddp_steps], form=ONE_OF_EACH),
-    **named(by_frequency, check=[fsdp_steps], form=ONE_OF_EACH, split=[True], each=[True]),
+    **named(by_frequency, steps_of=[ddp_steps], form=ONE_OF_EACH),
+    **named(by_frequency, steps_of=[fsdp_steps], form=ONE_OF_EACH, split=[True], each=[True]),
     **named(fsdp_everything_frozen),
     **named(fsdp_scaled_gradients, split=BOTH),
     **named(fsdp_mixed_precision, form=FSDP_FORMS, each=BOTH),
