@@ -136,8 +136,8 @@ def test_units_are_split_without_loss_or_repetition_and_evenly(ranks):
     shares = [geometry.split_work(layers, rank, ranks) for rank in range(ranks)]
     for n, one in enumerate(layers):
         assert sorted(t for share in shares for t in share[n]) == sorted(one.offsets)
-    work = [sum(one.gram_flops(t) for one, ts in zip(layers, share) for t in ts) for share in shares]
-    largest = max(one.gram_flops(t) for one in layers for t in one.offsets)
+    work = [sum(one.work("overlap", t) for one, ts in zip(layers, share) for t in ts) for share in shares]
+    largest = max(one.work("overlap", t) for one in layers for t in one.offsets)
     assert max(work) <= max(sum(work) / ranks * 1.1, largest)
 
 
