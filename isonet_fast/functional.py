@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .activation_arguments import channel_axis, check_device, check_tensor, kernel_parameter
+from .geometry import Penalty, Precision
 from .inplace import check_apart, may_write, written
 from .ops import orthogonality as _orthogonality
 from .ops import standard
@@ -121,11 +122,11 @@ def residual_srelu(
 def orthogonality_loss(
     weights: Tensor | Sequence[Tensor],  # (O, I/g, k...) each; (O, I) for a linear layer
     *,
-    stride: int | Sequence = 1,
-    dilation: int | Sequence = 1,
+    stride: int | Sequence[int | Sequence[int]] = 1,
+    dilation: int | Sequence[int | Sequence[int]] = 1,
     groups: int | Sequence[int] = 1,
-    penalty: str = "isonet",
-    precision: str | None = None,
+    penalty: Penalty = "isonet",
+    precision: Precision | None = None,
 ) -> Tensor:
     """How far convolutions are from an isometry, summed over the weights: one 0-dim tensor.
 

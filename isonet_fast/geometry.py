@@ -13,9 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 Offset = tuple[int, ...]
 Frequency = tuple[int, ...]
+Penalty = Literal["isonet", "lorth", "matrix"]
+Precision = Literal["highest"]  # None: as fast as the tolerances allow
 
 # A layer is small if neither its residual nor a tap has more elements. Beyond, a layer deserves more than the one
 # thread that the compiled kernel gives it, and matrix products are large enough to use several.
@@ -35,7 +38,7 @@ class Rule:
     flatten: bool = False  # the kernel's taps count as columns: one tap
 
 
-PENALTIES = {
+PENALTIES: dict[Penalty, Rule] = {
     "isonet": Rule(),
     "lorth": Rule(rows_are_outputs=True, constant=True),
     "matrix": Rule(flatten=True),
@@ -54,7 +57,7 @@ class Layer:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    penalty: str
+    penalty: Penalty
 
     @property
     def rule(self) -> Rule:

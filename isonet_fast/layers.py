@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .geometry import Layer
+from .geometry import Layer, Penalty
 from .nn import OrthoLinear
 from .nn.conv import _Orthogonal
 from .penalty_arguments import FLOATS, checked_layer
@@ -74,7 +74,7 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, TRANSPOSED)
 
 
-def layer_of(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
+def layer_of(weight: Tensor, module: nn.Module, penalty: Penalty) -> Layer:
     """The geometry of a module of `KINDS`. A transposed convolution has that of the convolution whose weight it shares,
     of which it is the adjoint operator."""
     if isinstance(module, nn.Linear):
@@ -82,7 +82,7 @@ def layer_of(weight: Tensor, module: nn.Module, penalty: str) -> Layer:
     return checked_layer(weight, module.stride, module.dilation, module.groups, penalty)
 
 
-def own_penalty(module: nn.Module) -> str | None:
+def own_penalty(module: nn.Module) -> Penalty | None:
     """What the layer itself asks for: "isonet" for those of PyTorch."""
     return module.penalty if isinstance(module, _Orthogonal) else "isonet"
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import PENALTIES, Layer
+from .geometry import PENALTIES, Layer, Penalty
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PRECISIONS = (None, "highest")
@@ -27,7 +27,7 @@ def listed(weights: Any) -> list[Tensor]:
     return list(weights)
 
 
-def per_layer(name: str, value: Any, count: int) -> list:
+def per_layer(name: str, value: Any, count: int) -> list[Any]:
     """One entry for each weight: a list as it is, anything else repeated."""
     if not isinstance(value, list):
         return [value] * count
@@ -36,7 +36,7 @@ def per_layer(name: str, value: Any, count: int) -> list:
     return value
 
 
-def checked_layer(weight: Tensor, stride: Any, dilation: Any, groups: Any, penalty: str) -> Layer:
+def checked_layer(weight: Tensor, stride: Any, dilation: Any, groups: Any, penalty: Penalty) -> Layer:
     """The geometry of one weight."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weights must be tensors, got {type(weight).__name__}")

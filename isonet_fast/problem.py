@@ -12,7 +12,7 @@ import json
 from collections.abc import Hashable
 from typing import Any
 
-from .geometry import Layer, Offset, split_work
+from .geometry import Layer, Offset, Precision, split_work
 
 
 class Problem:
@@ -23,11 +23,16 @@ class Problem:
     tables: what has been prepared for this problem, by device or by purpose.
     """
 
+    layers: tuple[Layer, ...]
+    coefficients: tuple[float, ...]
+    precision: Precision | None
+    share: tuple[int, int]
+
     def __init__(
         self,
         layers: tuple[Layer, ...],
         coefficients: tuple[float, ...],
-        precision: str | None = None,
+        precision: Precision | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.layers, self.coefficients, self.precision, self.share = layers, coefficients, precision, share
@@ -91,7 +96,7 @@ class Problem:
                 self._by_precision = [(everything, self)]
         return self._by_precision
 
-    def _restricted(self, members: list[int], precision: str | None) -> Problem:
+    def _restricted(self, members: list[int], precision: Precision | None) -> Problem:
         layers = tuple([self.layers[n] for n in members])
         return Problem(layers, tuple([self.coefficients[n] for n in members]), precision, self.share)
 

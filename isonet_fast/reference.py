@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,10 +38,10 @@ def residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
 def orthogonality_loss(
     weights: Tensor | Sequence[Tensor],
     *,
-    stride: int | Sequence = 1,
-    dilation: int | Sequence = 1,
+    stride: int | Sequence[int | Sequence[int]] = 1,
+    dilation: int | Sequence[int | Sequence[int]] = 1,
     groups: int | Sequence[int] = 1,
-    penalty: str = "isonet",
+    penalty: Literal["isonet", "lorth", "matrix"] = "isonet",
 ) -> Tensor:
     """Distance of convolutions from an isometry: the sum over layers and their groups of
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backward_order import BackwardOrder, has_hooks
 from .existence import isometry
-from .geometry import PENALTIES
+from .geometry import PENALTIES, Penalty, Precision
 from .layers import (
     Filter,
     Types,
@@ -77,15 +77,19 @@ class OrthoRegularizer:
     RuntimeError if `fully_shard` came later.
     """
 
+    penalty: Penalty | None
+    precision: Precision | None
+    interval: int
+
     def __init__(
         self,
         model: nn.Module,
         coeff: Coeff = 1e-4,
-        penalty: str | None = None,
+        penalty: Penalty | None = None,
         filter: Filter | None = None,
         interval: int = 1,
-        shard_group: Any = None,
-        precision: str | None = None,
+        shard_group: dist.ProcessGroup | None = None,
+        precision: Precision | None = None,
         include: Types = (),
     ) -> None:
         if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
@@ -162,7 +166,7 @@ class OrthoRegularizer:
     def _look_up(self) -> Gathered:
         if not all(self._still_fits(chosen.module) for chosen in self._selection.included.values()):
             self._select()
-        weights: dict[int, tuple[nn.Parameter, nn.Module, str, float]] = {}
+        weights: dict[int, tuple[nn.Parameter, nn.Module, Penalty, float]] = {}
         for module, penalty, coeff in self._selection.included.values():
             weight = self._current(module)
             weights.setdefault(id(weight), (weight, module, penalty, coeff))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .geometry import Penalty
 from .layers import (
     ADJOINT,
     LAZY,
@@ -39,7 +40,7 @@ class Chosen(NamedTuple):
     """A layer that is penalised."""
 
     module: nn.Module
-    penalty: str
+    penalty: Penalty
     coeff: float
 
 
@@ -49,7 +50,13 @@ class Selection:
     `filter` and `coeff` are asked once for each layer, and never about a parametrized one.
     """
 
-    def __init__(self, model: nn.Module, coeff: Coeff, penalty: str | None, filter: Filter | None, include: Types):
+    model: nn.Module
+    penalty: Penalty | None
+    include: tuple[type[nn.Module], ...]
+    filter: Callable[[str, nn.Module], Any]
+    coeff: float | Callable[[str, nn.Module], Any]
+
+    def __init__(self, model: nn.Module, coeff: Coeff, penalty: Penalty | None, filter: Filter | None, include: Types):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model, self.penalty, self.include = model, penalty, types(include)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .geometry import Layer
+from .geometry import Layer, Penalty
 
 
 class Row(NamedTuple):
@@ -13,7 +13,7 @@ class Row(NamedTuple):
 
     name: str
     shape: tuple[int, ...]  # () where there is no weight of its own
-    penalty: str | None  # which one; None if excluded
+    penalty: Penalty | None  # which one; None if excluded
     excluded: str  # why it is excluded; empty if it is not
     coeff: float
     value: float  # unweighted; NaN where the weight has no values (meta device, FakeTensor)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..geometry import Penalty
 from ..nn import OrthoConv2d, ResidualSReLU, SharedScale, SReLU
-from ..nn.conv import Penalty
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, penalty: Penalty | None = "isonet") -> OrthoConv2d:

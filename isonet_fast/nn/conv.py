@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, init
-from ..geometry import PENALTIES
+from ..geometry import PENALTIES, Penalty
 
-Penalty = Literal["isonet", "lorth", "matrix"]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size1 = int | tuple[int]
 Size2 = int | tuple[int, int]

@@ -14,12 +14,13 @@ import random
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import Penalty
 from ..param_groups import param_groups
 from ..regularizer import OrthoRegularizer
 from . import schedule, snapshot
@@ -75,7 +76,7 @@ class Run:
         self.reg = OrthoRegularizer(
             self.wrapped,
             config.penalty.coeff,
-            config.penalty.kind,
+            cast(Penalty, config.penalty.kind),  # the configuration has checked it
             interval=config.penalty.interval,
             shard_group=processes.group,
         )

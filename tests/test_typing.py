@@ -1,0 +1,58 @@
+"""Type checkers see the package as its users do: what is right passes, what is wrong is found on its line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .public_names import public_names
+
+HERE = Path(__file__).parent
+RIGHT, WRONG = HERE / "typing" / "right.py", HERE / "typing" / "wrong.py"
+EXPECTED = {n for n, line in enumerate(WRONG.read_text().splitlines(), 1) if line.endswith("  # wrong")}
+needs_mypy = pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
+needs_pyright = pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not on the PATH")
+
+
+def run(folder: Path, *command: str | Path) -> str:
+    """What a checker prints that runs in a user's folder and finds the package as an installed one."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    result = subprocess.run(
+        list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert result.returncode in (0, 1), result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_right_file_uses_every_public_name() -> None:
+    used = RIGHT.read_text()
+    assert not [name for name in public_names() if not re.search(rf"\b{re.escape(name)}\(", used)]
+
+
+@needs_mypy
+def test_mypy(tmp_path, pytestconfig) -> None:
+    cache = pytestconfig.cache.mkdir("mypy")
+    command = ["-m", "mypy", "--strict", "--config-file=", "--cache-dir", cache, RIGHT, WRONG]
+    printed = run(tmp_path, sys.executable, *command)
+    errors = re.findall(r"^(.*?):(\d+): error: (.*)$", printed, re.MULTILINE)
+    assert not [error for error in errors if not error[0].endswith(WRONG.name)]
+    assert {int(line) for _, line, _ in errors} == EXPECTED
+    assert printed.count("Literal['isonet', 'lorth', 'matrix']") >= 6  # the message says what is allowed
+
+
+@needs_pyright
+def test_pyright(tmp_path) -> None:
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    for file in (RIGHT, WRONG):
+        shutil.copy(file, tmp_path)
+    report = json.loads(run(tmp_path, "pyright", "--pythonpath", sys.executable, "--outputjson", "."))
+    errors = {(Path(e["file"]).name, e["range"]["start"]["line"] + 1) for e in report["generalDiagnostics"]}
+    assert errors == {(WRONG.name, line) for line in EXPECTED}
