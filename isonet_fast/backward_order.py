@@ -70,7 +70,8 @@ class BackwardOrder:
 class _Synchronised:
     """At which version of a weight a synchronising backward pass has run over it; None: at none.
 
-    Of a weight that was exchanged since, nobody has seen the backward passes: a gradient that it has counts as one.
+    `unknown`: the weight was exchanged and has a gradient already, whose backward pass nothing watched. It counts as a
+    synchronising one.
     """
 
     def __init__(self, model: nn.Module, weight: Tensor, unknown: bool) -> None:
@@ -85,7 +86,7 @@ class _Synchronised:
 
 
 class _Hooks:
-    """Whether hooks that use up `.grad` in the backward pass see the penalty: asked of one weight that has such hooks.
+    """Whether hooks that use up `.grad` in the backward pass see the penalty. One weight with such hooks is watched.
 
     Such a loop is right in either order as long as nothing clears the gradients between `accumulate_grad_()` and the
     next backward pass.

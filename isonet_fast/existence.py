@@ -29,7 +29,8 @@ def isometry(layer: Layer, transposed: bool = False) -> str:
                                 often ends at a penalty above 0, so start from a delta
         needs lorth             the layer's own penalty has minima that are neither row- nor column-orthogonal
 
-    transposed: the adjoint operator of that convolution, whose rows are columns, and which writes what the other reads.
+    transposed: the layer is the adjoint operator of that convolution. Its rows are columns, and it writes what the
+    other reads.
     """
     lorth = replace(layer, penalty="lorth")
     outputs, inputs = layer.shape[0] // layer.groups, layer.shape[1]

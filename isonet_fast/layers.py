@@ -37,7 +37,7 @@ WEIGHT = " weight"  # what kind of weight precedes it
 def official_filter(name: str, module: nn.Module) -> bool:
     """What the official network penalises: not a 7x7 kernel, not three input channels.
 
-    Of a transposed convolution these are the kernel and the inputs of the convolution whose weight it shares.
+    A transposed convolution is judged by the convolution whose weight it shares, so three outputs leave it out.
     """
     return getattr(module, "kernel_size", None) != (7, 7) and (
         isinstance(module, nn.Linear) or module.get_parameter("weight").shape[1] != 3
@@ -129,8 +129,10 @@ def unfit(weight: Tensor) -> str:
 
 
 def overridden(module: nn.Module, include: Types = ()) -> str:
-    """Whether a subclass has a forward of its own, in words: it may compute another weight from the one that it holds
-    (weight standardisation). Empty where its class is in `include`."""
+    """Says that a subclass has a forward of its own; empty if it has none, or its class is in `include`.
+
+    Such a forward may compute another weight from the one that the layer holds (weight standardisation).
+    """
     parent = next(kind for kind in KINDS if isinstance(module, kind))
     own = any(getattr(type(module), m, None) is not getattr(parent, m, None) for m in ("forward", "_conv_forward"))
     own = own and not isinstance(module, include)

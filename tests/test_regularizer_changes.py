@@ -130,7 +130,7 @@ def test_a_change_of_the_layers_is_followed(change, called):
     assert_follows(reg, net, *gone)
 
 
-def test_two_layers_that_change_places_are_no_news():
+def test_two_layers_that_change_places_keep_their_answers():
     net = network()
     asked = []
     reg = OrthoRegularizer(net, 1.0, filter=lambda name, module: asked.append(name) or True)
@@ -191,7 +191,7 @@ def test_a_parametrization_removed_later_frees_the_layer(change, when):
         warnings.simplefilter("error")
         assert_follows(reg, net)
     change(net[0])
-    with pytest.warns(UserWarning, match="leaves out '0': parametrized"):  # again: it is news again
+    with pytest.warns(UserWarning, match="leaves out '0': parametrized"):  # it was penalised in between
         assert_follows(reg, net)
 
 

@@ -107,7 +107,7 @@ class Inner(nn.Conv2d):
 
 
 class Harmless(nn.Conv2d):
-    """Other than PyTorch's in its constructor alone."""
+    """Its constructor is its own, its forward is PyTorch's."""
 
     def __init__(self, width):
         super().__init__(width, width, 3)
