@@ -52,15 +52,15 @@ class Shards:
 
     def __init__(self, weights: Sequence[Tensor], split_over: Any = None) -> None:
         mesh = _common_mesh(weights)
-        self.group, self.rank, self.ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        self.split = split_over is not None
-        if self.split and _ranks(split_over) != _ranks(self.group):
+        self._group, self._rank, self._ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+        self._split = split_over is not None
+        if self._split and _ranks(split_over) != _ranks(self._group):
             raise ValueError(
-                f"shard_group must have the ranks over which the weights are sharded, {_ranks(self.group)} in this "
+                f"shard_group must have the ranks over which the weights are sharded, {_ranks(self._group)} in this "
                 f"order, got {_ranks(split_over)}"
             )
-        self.shapes = [weight.shape for weight in weights]
-        self.sizes = [-(-shape[0] // self.ranks) * shape[1:].numel() for shape in self.shapes]  # of one rank's part
+        self._shapes = [weight.shape for weight in weights]
+        self._sizes = [-(-shape[0] // self._ranks) * shape[1:].numel() for shape in self._shapes]  # of one rank's part
 
     def gather(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Every weight whole, on every rank. Differentiable: its backward is `add_`, at the end of that pass."""
@@ -68,12 +68,12 @@ class Shards:
 
     def zeros(self, whole: Tensor) -> Tensor:
         """A buffer for the gradients of all weights, in the dtype and on the device of this whole one."""
-        return whole.new_zeros(sum(self.sizes) * self.ranks)
+        return whole.new_zeros(sum(self._sizes) * self._ranks)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Every whole weight in such a buffer."""
-        padded = buffer.split([size * self.ranks for size in self.sizes])
-        return [one[: shape.numel()].view(shape) for one, shape in zip(padded, self.shapes, strict=True)]
+        padded = buffer.split([size * self._ranks for size in self._sizes])
+        return [one[: shape.numel()].view(shape) for one, shape in zip(padded, self._shapes, strict=True)]
 
     @torch.no_grad()
     def add_(self, weights: Sequence[Tensor], grads: Tensor) -> None:
@@ -83,7 +83,7 @@ class Shards:
         """
         if not any(weight.requires_grad for weight in weights):
             return
-        parts = self._mean(grads) if self.split else [part[self.rank] for part in self._parts(grads)]
+        parts = self._mean(grads) if self._split else [part[self._rank] for part in self._parts(grads)]
         for weight in weights:
             if weight.requires_grad and weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
@@ -93,27 +93,27 @@ class Shards:
     def _whole(self, weights: Sequence[Tensor]) -> list[Tensor]:
         rows = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
         dtype = max((wide_dtype(row.dtype) for row in rows), key=lambda d: d.itemsize)
-        mine = torch.zeros(sum(self.sizes), dtype=dtype, device=rows[0].device)
-        torch._foreach_copy_([m[: r.numel()].view_as(r) for m, r in zip(mine.split(self.sizes), rows)], rows)
-        everyones, buffer = (mine.new_empty(self.ranks * len(mine)) for _ in range(2))
-        _collective("all_gather_single", "all_gather_into_tensor")(everyones, mine, group=self.group)
+        mine = torch.zeros(sum(self._sizes), dtype=dtype, device=rows[0].device)
+        torch._foreach_copy_([m[: r.numel()].view_as(r) for m, r in zip(mine.split(self._sizes), rows)], rows)
+        everyones, buffer = (mine.new_empty(self._ranks * len(mine)) for _ in range(2))
+        _collective("all_gather_single", "all_gather_into_tensor")(everyones, mine, group=self._group)
         torch._foreach_copy_(self._parts(buffer), self._columns(everyones))
         return self.views(buffer)
 
     def _mean(self, grads: Tensor) -> list[Tensor]:
-        everyones, mine = torch.empty_like(grads), grads.new_empty(sum(self.sizes))
+        everyones, mine = torch.empty_like(grads), grads.new_empty(sum(self._sizes))
         torch._foreach_copy_(self._columns(everyones), self._parts(grads))
-        _collective("reduce_scatter_single", "reduce_scatter_tensor")(mine, everyones, group=self.group)
-        return list(mine.div_(self.ranks).split(self.sizes))
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(mine, everyones, group=self._group)
+        return list(mine.div_(self._ranks).split(self._sizes))
 
     def _columns(self, message: Tensor) -> list[Tensor]:
         """The same in a message, where a rank's parts of all weights lie together."""
-        return list(message.view(self.ranks, -1).split(self.sizes, dim=1))
+        return list(message.view(self._ranks, -1).split(self._sizes, dim=1))
 
     def _parts(self, buffer: Tensor) -> list[Tensor]:
         """Of every weight, the ranks' parts below each other, with their padding."""
-        padded = buffer.split([size * self.ranks for size in self.sizes])
-        return [one.view(self.ranks, size) for one, size in zip(padded, self.sizes, strict=True)]
+        padded = buffer.split([size * self._ranks for size in self._sizes])
+        return [one.view(self._ranks, size) for one, size in zip(padded, self._sizes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):

@@ -18,9 +18,11 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._compiled: dict[Hashable, tuple[Any, list]] = {}
+        self._compiled: dict[Hashable, tuple[Any, list[Any]]] = {}
 
-    def __call__(self, key: Hashable, kernel: Any, programs: int, arguments: tuple, options: dict[str, Any]) -> None:
+    def __call__(
+        self, key: Hashable, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         found = self._compiled.get(key)
         if found is not None:
             compiled, constants = found

@@ -14,14 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..geometry import Offset
+from ..geometry import Layer, Offset, Precision
 from ..problem import Problem
 from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
 from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad, shapes
 from .runs import append_runs
-from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile
+from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
 
 class Row(NamedTuple):
@@ -46,6 +46,17 @@ class Row(NamedTuple):
 class Plan:
     """Every table of the launches for one problem; the module's docstring says what they index."""
 
+    layers: tuple[Layer, ...]
+    coefficients: tuple[float, ...]
+    precision: Precision | None
+    variant: Variant
+    packed: list[Packed]
+    planes_shape: tuple[int, int]
+    residual_shape: tuple[int, int]
+    pack_tiles: np.ndarray
+    partial_ranges: np.ndarray  # of each layer its first partial, and how many
+    runs: np.ndarray
+
     def __init__(self, problem: Problem, variant: str) -> None:
         self.layers, self.coefficients, self.precision = problem.layers, problem.coefficients, problem.precision
         self.variant = VARIANTS[variant]
@@ -57,7 +68,7 @@ class Plan:
         self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
         self.pack_tiles = _joined([self._pack_rows(n) for n in self._order], PACK)
         self.gram_tiles: dict[GramTile, np.ndarray] = {}
-        self.partial_ranges = np.zeros((len(self.layers), 2), np.int32)  # first partial of a layer, and how many
+        self.partial_ranges = np.zeros((len(self.layers), 2), np.int32)
         self._plan_gram()
         self.grad_tiles: dict[GradTile, np.ndarray] = {}
         self._plan_grad()

@@ -31,6 +31,8 @@ def capturing(device: torch.device) -> bool:
 class Table:
     """A host array on the device, usable on any stream. Named columns become those of a matrix."""
 
+    tensor: Tensor
+
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         if capturing(device):
             raise RuntimeError(
@@ -41,9 +43,9 @@ class Table:
         if device.type == "cuda":
             stream = torch.cuda.current_stream(device)
             self.tensor = host.pin_memory().to(device, non_blocking=True)
-            self.streams = {stream.cuda_stream}  # where it may be read
-            self.sent = torch.cuda.Event()
-            self.sent.record(stream)
+            self._streams = {stream.cuda_stream}  # where it may be read
+            self._sent = torch.cuda.Event()
+            self._sent.record(stream)
         else:
             self.tensor = host.clone()
 
@@ -53,10 +55,10 @@ class Table:
             return self.tensor
         if torch.cuda.is_current_stream_capturing():
             _captured.add(self)  # a graph may be replayed for ever; what came before the capture has completed
-        elif stream.cuda_stream not in self.streams:
-            stream.wait_event(self.sent)
+        elif stream.cuda_stream not in self._streams:
+            stream.wait_event(self._sent)
             self.tensor.record_stream(stream)
-            self.streams.add(stream.cuda_stream)
+            self._streams.add(stream.cuda_stream)
         return self.tensor
 
 
@@ -82,6 +84,15 @@ class View(NamedTuple):
 
 class Tables:
     """Everything of one plan that lives on one device."""
+
+    plan: Plan
+    device: torch.device
+    pack: Table
+    runs: Table
+    ranges: Table
+    constants: Table
+    coefficients: Table
+    launches: Launches
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device

@@ -39,7 +39,7 @@ class OfficialJoin(OfficialSReLU):
 class OfficialScale(nn.Module):
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
-        self.scale = like.scale
+        self.scale: Tensor = like.get_parameter("scale")
 
     def fold(self, conv: nn.Module, x: Tensor) -> Tensor:
         return conv(x) * self.scale
@@ -51,7 +51,7 @@ class OfficialStem(nn.Module):
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
         self.conv: nn.Module = like.conv  # type: ignore[assignment]
-        self.relu = OfficialSReLU(like.relu)  # type: ignore[arg-type]
+        self.relu: nn.Module = OfficialSReLU(like.relu)  # type: ignore[arg-type]
         self.pool: nn.Module = like.pool  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from .. import functional
 from ..activation_arguments import check_dtype, checked_spatial_dims, number, positive_int
 from ..ops.srelu import wide
-from .conv import OrthoConv1d, OrthoConv2d, OrthoConv3d
+from .conv import Device, OrthoConv1d, OrthoConv2d, OrthoConv3d
 
 
 class _ChannelBias(nn.Module):
@@ -24,15 +24,16 @@ class _ChannelBias(nn.Module):
         num_channels: int,
         init: float = -1.0,
         inplace: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         spatial_dims: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_channels, self.inplace = positive_int("num_channels", num_channels), inplace
+        self.num_channels: int = positive_int("num_channels", num_channels)
+        self.inplace: bool = inplace
         self.spatial_dims = checked_spatial_dims(spatial_dims)
-        self.srelu_bias = _filled((1, self.num_channels, 1, 1), init, device, dtype)
+        self.srelu_bias: nn.Parameter = _filled((1, self.num_channels, 1, 1), init, device, dtype)
 
     def _writes_over(self, x: Tensor) -> bool:
         """In place where asked for. Compiled code cannot tell over which views autograd lets nobody write (those that
@@ -78,9 +79,9 @@ class ResidualSReLU(_ChannelBias):
 class SharedScale(nn.Module):
     """x -> s x with one learnable scalar per residual branch, initially `init`. State: `scale` (1, 1, 1, 1)."""
 
-    def __init__(self, init: float = 1.0, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, init: float = 1.0, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.scale = _filled((1, 1, 1, 1), init, device, dtype)
+        self.scale: nn.Parameter = _filled((1, 1, 1, 1), init, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale.view([1] * x.dim())
@@ -118,6 +119,6 @@ def _bare(module: nn.Module) -> bool:
     )
 
 
-def _filled(shape: tuple[int, ...], init: Any, device: Any, dtype: torch.dtype | None) -> nn.Parameter:
+def _filled(shape: tuple[int, ...], init: Any, device: Device, dtype: torch.dtype | None) -> nn.Parameter:
     check_dtype(dtype)
     return nn.Parameter(torch.full(shape, number("init", init), device=device, dtype=dtype))

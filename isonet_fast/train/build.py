@@ -7,6 +7,7 @@ import operator
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,6 +64,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """Nothing for float32."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))

@@ -106,24 +106,25 @@ class OnHost:
     """Values on their way to the host: `get` waits for them alone, not for what was launched after them."""
 
     def __init__(self, value: Tensor, work: Any = None) -> None:
-        self.device_value, self.work, self.event = value.detach(), work, None
+        self._on_device, self._work = value.detach(), work
+        self._event: torch.cuda.Event | None = None
         if value.is_cuda:
-            self.host_value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._on_host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             stream = torch.cuda.current_stream() if work is None else _side_stream(value.device)
             with torch.cuda.stream(stream):  # the stream that computes must not wait for the other processes
                 if work is not None:
                     work.wait()
-                self.host_value.copy_(self.device_value, non_blocking=True)
-                self.event = torch.cuda.Event()
-                self.event.record()
+                self._on_host.copy_(self._on_device, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
 
     def get(self) -> Any:
-        if self.event is not None:
-            self.event.synchronize()
-            return self.host_value.tolist()
-        if self.work is not None:
-            self.work.wait()
-        return self.device_value.tolist()
+        if self._event is not None:
+            self._event.synchronize()
+            return self._on_host.tolist()
+        if self._work is not None:
+            self._work.wait()
+        return self._on_device.tolist()
 
 
 _side_streams: dict[torch.device, Any] = {}
@@ -231,7 +232,7 @@ def shards_of(
     return {name: part(value, own.get(name)) for name, value in weights.items()}, {**state, "state": moments}
 
 
-def synchronising(model: nn.Module, last: bool) -> AbstractContextManager:
+def synchronising(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Of the micro-batches of a step only the last one's backward exchanges gradients."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 class Diverged(RuntimeError):
     """The loss, or a weight, became infinite or NaN; the message names the step, the layer and the remedy."""
 
+    step: int
+    layer: str | None
+
     def __init__(
         self, step: int, layer: str | None, more: str = "", rank: int | None = None, weight: str | None = None
     ) -> None:

@@ -21,6 +21,8 @@ _ONE_STOP = 1.0  # seconds: `timeout` signals the process and then its group
 class Interrupted(Exception):
     """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects."""
 
+    code: int
+
     def __init__(self, number: int, step: int, directory: Path) -> None:
         self.code = 128 + number
         super().__init__(
@@ -38,7 +40,7 @@ class Signals:
     """
 
     def __init__(self, twice_ends: bool) -> None:
-        self.received = 0
+        self.received: int = 0
         self._twice_ends, self._since = twice_ends, 0.0
         self._previous: dict[int, Any] = {}
 

@@ -28,7 +28,7 @@ from .build import autocast, build_model
 from .config import Config
 from .data.datasets import open_source
 from .data.loader import Batch, Loader, WorkerDied, naming_dead_workers
-from .data.source import Corrupt
+from .data.source import Corrupt, Source
 from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .interrupts import Interrupted, Signals
@@ -45,6 +45,29 @@ class Run:
     keep: False for a run that leaves no files, prints no lines and answers no signals; it is there for its `rows` and
         its `model`.
     """
+
+    config: Config
+    directory: Path
+    processes: Processes
+    keep: bool
+    device: torch.device
+    source: Source
+    model: nn.Module
+    wrapped: nn.Module  # for data parallelism
+    sharded: bool
+    optimizer: torch.optim.SGD
+    base_lr: list[float]  # of each parameter group
+    reg: OrthoRegularizer
+    scaler: torch.amp.GradScaler
+    train_loader: Loader
+    val_loader: Loader
+    log: Log | None
+    sums: Sums
+    epoch: int
+    examples: int  # of the epoch done, by all processes
+    step: int
+    best: float
+    penalty: Tensor  # of the last step, unweighted, this process's share of it
 
     def __init__(
         self,
@@ -89,8 +112,8 @@ class Run:
         self.log = Log(directory) if processes.main and keep else None
         self.rows: list[dict[str, float]] = []  # of the epochs that this process has seen end, as in metrics.csv
         self.sums = Sums(self.device)
-        self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0  # examples: of the epoch done, by all
-        self.penalty = torch.tensor(float("nan"), device=self.device)  # of the last step, unweighted, our share of it
+        self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0
+        self.penalty = torch.tensor(float("nan"), device=self.device)
         self.corrupt: dict[str, str] = {}
         self._signals = Signals(twice_ends=processes.size == 1)
         self._stop = 0  # what all processes stop for

@@ -27,7 +27,7 @@ class Sums:
     """Cross entropy, top-1 and top-5 over the examples seen, kept on the device: no synchronisation per step."""
 
     def __init__(self, device: torch.device) -> None:
-        self.totals = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, examples
+        self.totals: Tensor = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, examples
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
@@ -61,8 +61,9 @@ class Log:
     directory: Path
 
     def __post_init__(self) -> None:
-        self.path, self.events = self.directory / "metrics.csv", self.directory / "tensorboard"
-        self.columns = list(COLUMNS)
+        self.path: Path = self.directory / "metrics.csv"
+        self.events: Path = self.directory / "tensorboard"
+        self.columns: list[str] = list(COLUMNS)
         self.writer: Any = None
 
     def start(self, epoch: int) -> None:
@@ -122,7 +123,7 @@ class Log:
         return rows
 
 
-def progress(total: int, done: int, title: str, shown: bool) -> tqdm:
+def progress(total: int, done: int, title: str, shown: bool) -> tqdm[Any]:
     """A bar on a terminal; in a log file a line every ten seconds."""
     refresh = 0.1 if sys.stderr.isatty() else 10
     return tqdm(

@@ -52,6 +52,11 @@ class Synthetic:
 
     CLASSES = 10
 
+    count: int
+    size: int
+    seed: int
+    patterns: Tensor  # one for each class
+
     def __init__(self, count: int, size: int, seed: int) -> None:
         self.count, self.size, self.seed = count, size, seed
         self.patterns = torch.randn(self.CLASSES, 3, 1, 1, generator=torch.Generator().manual_seed(0))

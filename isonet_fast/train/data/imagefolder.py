@@ -41,6 +41,10 @@ def imagefolder(directory: Path, size: int, evaluating: bool) -> Source:
 class ImageFolder:
     """Images and the positions of their classes in `classes`."""
 
+    classes: Sequence[str]
+    transform: Any
+    samples: list[tuple[str, int]]  # paths and labels
+
     def __init__(self, images: Images, classes: Sequence[str], transform: Any) -> None:
         self.classes, self.transform = classes, transform
         self.samples = [(path, label) for label, name in enumerate(classes) for path in images.get(name, [])]

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +49,24 @@ class Order:
     uneven, and some may be empty.
     """
 
+    count: int
+    batch_size: int
+    seed: int
+    train: bool
+    accumulate: int
+    slice: int  # examples of one step, of this process
+    rank: int
+    step_size: int  # examples of one step, of all processes
+    epoch: int
+    start: int  # examples of the epoch that are done, of all processes
+
     def __init__(
         self, count: int, batch_size: int, seed: int, train: bool, part: tuple[int, int] = (0, 1), accumulate: int = 1
     ) -> None:
         self.count, self.batch_size, self.seed, self.train = count, batch_size, seed, train
         self.accumulate, self.slice = accumulate, batch_size * accumulate
         self.rank, self.step_size = part[0], batch_size * accumulate * part[1]
-        self.epoch, self.start = 0, 0  # start: examples of the epoch that are done, of all processes
+        self.epoch, self.start = 0, 0
 
     @property
     def steps(self) -> int:
@@ -114,7 +125,7 @@ class Loader:
         processes: Processes = ALONE,
         accumulate: int = 1,
     ) -> None:
-        self.order = Order(len(examples), batch_size, seed, train, (processes.rank, processes.size), accumulate)
+        self.order: Order = Order(len(examples), batch_size, seed, train, (processes.rank, processes.size), accumulate)
         if train and not self.order.steps:
             several = [f" on {processes.size} processes"] * (processes.size > 1)
             several += [f" accumulated {accumulate} times"] * (accumulate > 1)
@@ -122,7 +133,7 @@ class Loader:
                 f"data.batch_size {batch_size}{''.join(several)} is more than the {len(examples)} training images"
             )
         workers = min(workers, max(1, (os.cpu_count() or 1) // processes.local_size))
-        self.loader: DataLoader = DataLoader(
+        self.loader: DataLoader[Any] = DataLoader(
             _Items(examples, seed),
             batch_sampler=self.order,
             num_workers=workers,

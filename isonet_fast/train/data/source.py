@@ -14,6 +14,9 @@ from ..terminal import printable
 class Corrupt(Exception):
     """An example that cannot be read; picklable, because it crosses from a worker."""
 
+    path: str
+    reason: str
+
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
         self.path, self.reason = path, reason
