@@ -123,7 +123,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "shared": built.metadata.shared,
         "spills": count("LDL") + count("STL"),
         "loads_128": count(r"LDG\S*\.128"),
-        "stores_128": count(r"STG\S*\.128"),
+        "stores_128": count(r"STG\S*\.128") + count(r"REDG\S*F32x4"),
         "tensor_core": count(TENSOR_CORE[arch]),
         "async_loads": count(ASYNC_LOAD[arch]) or count("LDGSTS"),
     }

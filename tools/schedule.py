@@ -51,7 +51,7 @@ class Machine:
     tile_us: float = 2.0  # a tile's prologue and epilogue
     launch_us: float = 1.0  # from one kernel of a graph to the next
     finish_us: float = 7.0  # one program
-    gradient_bytes: float = 8.0  # per element that is accumulated: 8 where it is loaded and stored, 4 where it is added
+    gradient_bytes: float = 4.0  # per element that is accumulated: 4 as sm_90 adds it, 8 where it is loaded and stored
 
     def step_us(self, flops: float, nbytes: float) -> float:
         """One step of a program's loop."""

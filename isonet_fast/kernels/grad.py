@@ -91,6 +91,7 @@ def _grad_kernel(
     IEEE: tl.constexpr,
     TMA: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # add scale * gradient to what is there; else store grad_output * gradient
+    REDUCE: tl.constexpr,  # add in the memory system, which from sm_90 on does so 16 bytes at a time
 ):
     tile = tiles + tl.program_id(0) * GRAD_WIDTH
     first_run = tl.load(tile + TILE_FIRST_RUN)
@@ -196,46 +197,65 @@ def _grad_kernel(
         + column * tl.load(view + VIEW_COLUMN_STRIDE),
     )
     if last_run > first_run or not ACCUMULATE:  # a layer of another rank has nothing to add
-        at = tl.multiple_of(address.to(tl.pointer_type(tl.float32)) + start, 16)  # only where path is not 0
+        at = address.to(tl.pointer_type(tl.float32)) + start  # only where path is not 0
         if path == 1:
-            _store_whole(acc, at, tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE)
+            _store_whole(
+                acc, tl.multiple_of(at, 16), tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE, REDUCE
+            )
         elif path == 2:
-            _store_whole(acc, at, tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE)
+            _store_whole(
+                acc, tl.multiple_of(at, 16), tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE, REDUCE
+            )
+        elif path == 3:
+            _store_whole(acc, at, tl.load(view + VIEW_ROW_STRIDE), False, ACCUMULATE, REDUCE)
+        elif path == 4:
+            _store_whole(acc, at, tl.load(view + VIEW_COLUMN_STRIDE), True, ACCUMULATE, REDUCE)
         else:
-            _store_any(acc, address, start, block, row, column, view, ACCUMULATE)
+            _store_any(acc, address, start, block, row, column, view, ACCUMULATE, REDUCE)
 
 
 @triton.jit
-def _store_whole(acc, at, step, ROWS_FIRST: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """A tile of float32 inside the matrix, contiguous along one side: 16-byte stores."""
+def _store(at, values, mask, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
+    """Every element of a gradient is in one tile and is added to once: atomics too give the same bits each time.
+
+    Their result is not used: the addition is sent to the cache, and nothing comes back to wait for.
+    """
+    if ACCUMULATE and REDUCE:
+        tl.atomic_add(at, values, mask, sem="relaxed")
+    else:
+        if ACCUMULATE:
+            values += tl.load(at, mask)
+        tl.store(at, values, mask)
+
+
+@triton.jit
+def _store_whole(acc, at, step, ROWS_FIRST: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
+    """A tile of float32 inside the matrix, contiguous along one side: 16 bytes at a time where `at` and `step` are
+    known to be aligned to them, else 4, neighbours side by side."""
     if ACCUMULATE and acc.shape[1] > 64:  # else what is loaded would not fit the registers beside the tile
         left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-        _store_whole(left, at, step, ROWS_FIRST, ACCUMULATE)
-        _store_whole(right, at + acc.shape[1] // 2 * (step if ROWS_FIRST else 1), step, ROWS_FIRST, ACCUMULATE)
+        _store_whole(left, at, step, ROWS_FIRST, ACCUMULATE, REDUCE)
+        half = acc.shape[1] // 2 * (step if ROWS_FIRST else 1)
+        _store_whole(right, at + half, step, ROWS_FIRST, ACCUMULATE, REDUCE)
     else:
         r = tl.arange(0, acc.shape[0])
         c = tl.arange(0, acc.shape[1])
         if ROWS_FIRST:
-            tile = at + step * c[:, None] + r[None, :]
-            values = acc.T
+            _store(at + step * c[:, None] + r[None, :], acc.T, None, ACCUMULATE, REDUCE)
         else:
-            tile = at + step * r[:, None] + c[None, :]
-            values = acc
-        if ACCUMULATE:
-            values += tl.load(tile + TILE_LAYER)
-        tl.store(tile, values)
+            _store(at + step * r[:, None] + c[None, :], acc, None, ACCUMULATE, REDUCE)
 
 
 @triton.jit
-def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.constexpr):
+def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
     """Any strides, merged groups, tiles that stick out; 32 columns at a time, else the addresses would spill.
 
     Offsets inside a weight fit 32 bits (tables.py checks).
     """
     if acc.shape[1] > 32:
         left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-        _store_any(left, address, start, block, row, column, view, ACCUMULATE)
-        _store_any(right, address, start, block, row, column + acc.shape[1] // 2, view, ACCUMULATE)
+        _store_any(left, address, start, block, row, column, view, ACCUMULATE, REDUCE)
+        _store_any(right, address, start, block, row, column + acc.shape[1] // 2, view, ACCUMULATE, REDUCE)
     else:
         merged = tl.load(view + VIEW_MERGED).to(tl.int32)
         row_group, row_offset = side(
@@ -257,6 +277,4 @@ def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.con
         row_group = tl.where((row_group < merged) & (group < tl.load(view + VIEW_GROUPS)), row_group, -1)
         mask = row_group[:, None] == column_group[None, :]
         at = address.to(tl.pointer_type(tl.float32)) + start + (row_offset[:, None] + column_offset[None, :])
-        if ACCUMULATE:
-            acc += tl.load(at, mask, other=0.0)
-        tl.store(at, acc, mask)
+        _store(at, acc, mask, ACCUMULATE, REDUCE)

@@ -23,6 +23,8 @@ from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad
 from .runs import append_runs
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
+L2_BYTES = 30 << 20  # of an H100's 50 MB: half of it may belong to the other half of the chip
+
 
 class Row(NamedTuple):
     """One layer in `Plan.summary()`. FLOPs are multiply-adds times two, the three products of bf16x3 counted."""
@@ -63,7 +65,7 @@ class Plan:
         self.packed = lay_out(problem)
         self.planes_shape, self.residual_shape = shapes(problem)
         self._gram_tile = [self._choose_gram(p) for p in self.packed]
-        self._grad_tile = [self._choose_grad(p) for p in self.packed]
+        self._grad_tile = self._choose_grad()
         # longest layers first, so that short ones fill the tail; a layer stays together, so that it stays in L2
         self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
         self.pack_tiles = _joined([self._pack_rows(n) for n in self._order], PACK)
@@ -96,9 +98,29 @@ class Plan:
     def _choose_gram(self, p: Packed) -> GramTile:
         return next(g for g in self.variant.gram if p.wide or g.block == ROW_BLOCK)
 
-    def _choose_grad(self, p: Packed) -> GradTile:
-        fitting = (g for g in self.variant.grad if p.wide or g.rows == ROW_BLOCK)
-        return min(fitting, key=lambda g: pad(p.rows, g.rows) * pad(p.columns, g.columns) * g.cost)
+    def _choose_grad(self) -> list[GradTile]:
+        """The tile of least work for each layer; one for all where a second launch would save less than it costs."""
+        tiles = self.variant.grad
+        work = [
+            [self._grad_work(p, g) if p.wide or g.rows == ROW_BLOCK else math.inf for g in tiles] for p in self.packed
+        ]
+        least = sum(map(min, work))
+        if sum(row[0] for row in work) <= 1.05 * least:
+            return [tiles[0]] * len(work)
+        return [tiles[row.index(min(row))] for row in work]
+
+    @staticmethod
+    def _grad_work(p: Packed, tile: GradTile) -> float:
+        """Multiply-adds of a layer's gradient in tiles of this size, weighted with what they cost."""
+        pairs = sum(p.layer.overlap(t) * (2 if any(t) else 1) for t in p.offsets)
+        return (
+            p.blocks
+            * pairs
+            * pad(p.rows, tile.rows)
+            * pad(p.columns, tile.columns)
+            * pad(p.rows, ROW_BLOCK)
+            * tile.cost
+        )
 
     def _longest(self, n: int) -> int:
         p = self.packed[n]
@@ -133,6 +155,9 @@ class Plan:
                 layers, starts, counts = np.unique(table["layer"], return_index=True, return_counts=True)
                 self.partial_ranges[layers] = np.stack([first + starts, counts], 1)
                 first += len(table)
+                steps = table["depth"].astype(np.int64) * table["height"] * table["width"] * table["columns"]
+                planes = {n: self.packed[n].plane_rows * PANEL * 4 for n in layers}  # hi and lo
+                self.gram_tiles[tile] = _longest_last_layers_first(table, steps, planes)
 
     def _gram_rows(self, n: int) -> np.ndarray:
         """Offsets with the most overlapping taps first."""
@@ -184,6 +209,11 @@ class Plan:
             if rows:
                 self.grad_tiles[tile] = _joined(rows, GRAD)
         self.runs = np.array([(*run, 0) for run in runs], RUN)
+        done = np.concatenate([[0], np.cumsum(self.runs["last"].astype(np.int64) - self.runs["first"])])
+        for tile, table in self.grad_tiles.items():
+            steps = (done[table["last_run"]] - done[table["first_run"]]) * table["contracted"]
+            read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
+            self.grad_tiles[tile] = _longest_last_layers_first(table, steps, read)
 
     def _grad_rows(self, n: int, runs: list, known: dict[tuple, list[tuple[int, int, int]]]) -> np.ndarray:
         p, tile = self.packed[n], self._grad_tile[n]
@@ -256,6 +286,24 @@ class Plan:
                 )
             )
         return rows
+
+
+def _longest_last_layers_first(table: np.ndarray, steps: np.ndarray, nbytes: dict[int, int]) -> np.ndarray:
+    """Tiles of the last layers in the order of their length, as many layers as the L2 cache holds together.
+
+    What starts last should be short, so that multiprocessors end together. Among all layers, that order would read the
+    same rows from memory again and again.
+    """
+    layers = list(dict.fromkeys(table["layer"].tolist()))
+    held, last = 0, set()
+    for n in reversed(layers):
+        held += nbytes[n]
+        if held > L2_BYTES:
+            break
+        last.add(n)
+    start = int(np.isin(table["layer"], list(last)).argmax()) if last else len(table)
+    order = np.argsort(-steps[start:], kind="stable")
+    return np.concatenate([table[:start], table[start:][order]])
 
 
 def _table(columns: np.dtype, /, **values: np.ndarray | int) -> np.ndarray:

@@ -126,7 +126,7 @@ class Tables:
             if known.addresses == addresses:
                 return known.table.on(stream)
             if capturing(self.device):
-                return self._moved(role, known.table.on(stream), addresses)
+                return self._moved(role, known.table.on(stream), known.rows, addresses)
             rows = known.rows  # gradients come and go with every step
         else:
             if role == "read" and any(map(Tensor.is_neg, tensors)):  # the ops never pass one
@@ -143,14 +143,16 @@ class Tables:
         self._views[role] = View(addresses, strides, dtypes, rows, table)
         return table.on(stream)
 
-    def _moved(self, role: str, known: Tensor, addresses: list[int]) -> Tensor:
+    def _moved(self, role: str, known: Tensor, rows: np.ndarray, addresses: list[int]) -> Tensor:
         """A known view of other addresses, without the host's memory: a graph that is captured allocates gradients of
         its own. The addresses become arguments of a few kernels in the graph."""
-        if role == "add" and any(a % 16 for a in addresses):
-            raise RuntimeError("gradients that are not aligned to 16 bytes can't be captured by a CUDA graph")
+        rows = rows.copy()
+        rows["address"] = addresses
+        self._choose_path(rows, role == "read")
         table = known.clone()
-        column = table[:, 0].zero_()
-        torch._foreach_add_(list(column.unbind()), addresses)
+        for name in ("address", "path"):  # of which the second depends on the first's alignment
+            column = table[:, VIEW.fields[name][1] // 8].zero_()  # type: ignore[index]
+            torch._foreach_add_(list(column.unbind()), rows[name].tolist())
         return table
 
     def flat(self, weights: Sequence[Tensor]) -> tuple[Flat, Table]:
@@ -184,17 +186,18 @@ class Tables:
         return Table(rows, self.device)
 
     def _choose_path(self, rows: np.ndarray, reading: bool) -> None:
-        """Reading: 2 where rows are closer together than columns. Writing: 1 (columns) or 2 (rows) where a side is
-        contiguous and 16-byte stores are possible. 0 elsewhere."""
+        """Reading: 2 where rows are closer together than columns. Writing, where a side is contiguous: 1 (columns) or
+        2 (rows) if 16-byte stores are possible, else 3 or 4. 0 elsewhere."""
         row, column = rows["row_stride"], rows["column_stride"]
         flat = (rows["taps_in_rows"] == 1) & (rows["taps_in_columns"] == 1)
         if reading:
             rows["path"] = np.where((row < column) & flat, 2, 0)
             return
-        plain = flat & (rows["dtype"] == 0) & (rows["merged"] == 1) & (rows["address"] % 16 == 0)
-        plain &= (rows["group_stride"] % 4 == 0) & (rows["tap_strides"] % 4 == 0).all(1)
-        by_column, by_row = plain & (column == 1) & (row % 4 == 0), plain & (row == 1) & (column % 4 == 0)
-        rows["path"] = np.where(by_column, 1, np.where(by_row, 2, 0))
+        plain = flat & (rows["dtype"] == 0) & (rows["merged"] == 1)
+        aligned = (rows["address"] % 16 == 0) & (rows["group_stride"] % 4 == 0) & (rows["tap_strides"] % 4 == 0).all(1)
+        by_column = np.where(aligned & (row % 4 == 0), 1, 3)
+        by_row = np.where(aligned & (column % 4 == 0), 2, 4)
+        rows["path"] = np.where(plain & (column == 1), by_column, np.where(plain & (row == 1), by_row, 0))
 
 
 def _static_columns(plan: Plan) -> np.ndarray:

@@ -74,7 +74,8 @@ def gram_options(variant: Variant, tile: GramTile, save: bool) -> dict[str, Any]
 def grad_options(variant: Variant, tile: GradTile, accumulate: bool) -> dict[str, Any]:
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     sizes |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return sizes | {"IEEE": variant.products == 1, "TMA": variant.tma, "ACCUMULATE": accumulate}
+    sizes |= {"IEEE": variant.products == 1, "TMA": variant.tma}
+    return sizes | {"ACCUMULATE": accumulate, "REDUCE": accumulate and variant.tma}
 
 
 FINISH_OPTIONS = {"LAYERS": 128, "PARTIALS": 32, "num_warps": 8}

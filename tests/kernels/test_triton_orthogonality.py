@@ -163,7 +163,8 @@ def test_channels_last(name, device):
     ],
 )
 def test_whole_tiles_are_stored_in_vectors(shapes, layout, paths, device):
-    """Both 16-byte paths, stored and added to: contiguous columns (1), and contiguous rows (2)."""
+    """Both 16-byte paths, stored and added to: contiguous columns (1), and contiguous rows (2). Gradients elsewhere, as
+    DDP's buckets place them, are contiguous too, 4 bytes at a time (3, 4). The same bits each time."""
     from isonet_fast.kernels import orthogonality as kernels
     from isonet_fast.kernels.layout import VIEW
 
@@ -175,8 +176,11 @@ def test_whole_tiles_are_stored_in_vectors(shapes, layout, paths, device):
     assert tables.flat(weights)[1].tensor[:, path].tolist() == paths
     aligned = [torch.ones_like(w) for w in weights]
     elsewhere = [torch.ones(w.numel() + 1, device=device)[1:].as_strided(w.shape, w.stride()) for w in weights]
-    for grads, chosen in ((aligned, paths), (elsewhere, [0, 0])):
+    for grads, chosen in ((aligned, paths), (elsewhere, [n + 2 for n in paths])):
+        again = [g.clone(memory_format=torch.preserve_format) for g in grads]
+        kernels.accumulate_grad_(weights, again, problem, 0.5)
         kernels.accumulate_grad_(weights, grads, problem, 0.5)
+        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
         assert tables._views["add"].table.tensor[:, path].tolist() == chosen
         for weight, layer, grad in zip(weights, layers, grads, strict=True):
             assert relative(2 * (grad - 1), expected(weight, layer)[1]) <= GRADIENT[None]
