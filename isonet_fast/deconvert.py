@@ -32,8 +32,8 @@ def deconvert(model: nn.Module) -> nn.Module:
     every convolution, and torch.jit.script takes it.
 
     What a graph module does not keep: methods and attributes other than `forward` (`features`, `num_channels`), and the
-    fused kernels. An SReLU of one's own network reads x as (N, C, ...), never as unbatched. Under torch.maximum a tie
-    x == b shares its gradient between x and b, where SReLU gives it to b.
+    fused kernels. An SReLU of one's own network reads x as (N, C, ...), unbatched only with `spatial_dims`. Under
+    torch.maximum a tie x == b shares its gradient between x and b, where SReLU gives it to b.
 
     Left as they are, and listed in one warning of the logger `isonet_fast.deconvert`: subclasses of our classes, whose
     own code needs this package, parametrized layers, and networks compiled by torch.compile or TorchScript. Raises
@@ -115,7 +115,8 @@ def _trace(module: nn.Module, parent: nn.Module | None) -> fx.Graph:
     plain = forwards.get(type(module))
     tracer = fx.Tracer()  # itself, no subclass of ours: a graph module remembers the tracer's class
     tracer.is_leaf_module = lambda *_: True  # type: ignore[method-assign]
-    dims = 2 if within else getattr(module, "spatial_dims", None)
+    known = getattr(module, "spatial_dims", None)
+    dims = 2 if within else known if isinstance(known, int) else None
     graph = tracer.trace(module if plain is None else adopt(plain, module, dims=dims))
     for node in graph.nodes:
         node.type = None  # an annotation would be written into the source, and TorchScript cannot read it there

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .nn import SharedScale
+from .nn import SharedScale, SharedShift
 
 
 def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:
-    """The official optimizer groups: SReLU biases without weight decay, shared scales at lr / 10 (with decay).
+    """The official optimizer groups: SReLU biases without weight decay, shared scales (and Fixup's shifts) at lr / 10.
 
     Every parameter is in exactly one group; each group has its `lr` and `weight_decay`, and a schedule that
     multiplies learning rates keeps the ratio. `lr` may be a tensor, as optimizers take it.
@@ -23,7 +23,8 @@ def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> l
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check("lr", lr)
     _check("weight_decay", weight_decay)
-    scales = {id(m.scale) for m in model.modules() if isinstance(m, SharedScale)}
+    scalars = (m.parameters() for m in model.modules() if isinstance(m, (SharedScale, SharedShift)))
+    slow = {id(parameter) for parameters in scalars for parameter in parameters}
     srelu: list[nn.Parameter] = []
     shared: list[nn.Parameter] = []
     other: list[nn.Parameter] = []
@@ -31,7 +32,7 @@ def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> l
         if name.rpartition(".")[2] == "srelu_bias":
             srelu.append(parameter)
         else:
-            (shared if id(parameter) in scales or ".shared_scalar." in f".{name}" else other).append(parameter)
+            (shared if id(parameter) in slow or ".shared_scalar." in f".{name}" else other).append(parameter)
     groups = [
         {"params": other, "lr": lr, "weight_decay": weight_decay},
         {"params": srelu, "lr": lr, "weight_decay": 0.0},

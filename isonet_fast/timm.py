@@ -9,14 +9,16 @@ leaves it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from .deconvert import deconvert
 from .models.arguments import integer
+from .models.blocks import through
 from .models.dilate import dilate_
+from .models.ingredients import Switches
 from .models.isonet import BLOCKS, ISONet
 from .models.isonet_cifar import ISONetCifar
 from .models.network import Network
@@ -99,7 +101,7 @@ class _Timm(Network):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head.dropout(self.head.avg_pool(x))
+        x = through(self.head.avg_pool(x), self.head.dropout, self.head.fc_in)
         return x if pre_logits else self.head.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,8 +154,9 @@ class TimmISONet(_Timm, ISONet):
         drop_rate: float | None = None,
         global_pool: str = "avg",
         output_stride: int = 32,
+        **switches: Unpack[Switches],
     ) -> None:
-        super().__init__(depth, residual, _class_count(num_classes) or 1, in_chans, drop_rate)
+        super().__init__(depth, residual, _class_count(num_classes) or 1, in_chans, drop_rate, **switches)
         self._adapt(num_classes, in_chans, 4, output_stride, global_pool)
 
 
@@ -170,8 +173,9 @@ class TimmISONetCifar(_Timm, ISONetCifar):
         drop_rate: float | None = None,
         global_pool: str = "avg",
         output_stride: int = 4,
+        **switches: Unpack[Switches],
     ) -> None:
-        super().__init__(depth, residual, width, _class_count(num_classes) or 1, in_chans, drop_rate)
+        super().__init__(depth, residual, width, _class_count(num_classes) or 1, in_chans, drop_rate, **switches)
         self._adapt(num_classes, in_chans, 1, output_stride, global_pool)
 
 

@@ -134,6 +134,20 @@ def test_nan_and_half_precision():
     assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_unbatched_where_the_layer_knows_its_rank():
+    x = torch.randn(3, 3, 5)  # as (N, C, L) the values would be others
+    layer = isonet_fast.SReLU(3, spatial_dims=2)
+    with torch.no_grad():
+        layer.srelu_bias.copy_(torch.randn(1, 3, 1, 1))
+    expected = layer(x).detach()
+    assert torch.equal(deconvert(layer)(x), expected)
+    net = generic(isonet_cifar(8, True, width=4))
+    x = torch.randn(3, 4, 4, dtype=DOUBLE)
+    expected = net.s1(net.stem(x)).detach()
+    plain = deconvert(net)
+    torch.testing.assert_close(plain.s1(plain.stem(x)), expected, rtol=0, atol=1e-11)
+
+
 class Mine(isonet_fast.SReLU):
     pass
 

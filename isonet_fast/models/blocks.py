@@ -1,6 +1,6 @@
-"""What the networks are made of, with the module names of the official checkpoints.
+"""What the networks are built of, with the module names of the official checkpoints.
 
-Every SReLU runs in place on a convolution's output. In a residual block the branch's scale is folded into its last
+Every activation runs in place on the output before it. In a residual block the branch's scale is folded into its last
 convolution, and the join runs in place over the branch.
 """
 
@@ -8,66 +8,97 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..geometry import Penalty
-from ..nn import OrthoConv2d, ResidualSReLU, SharedScale, SReLU
+from ..nn import SharedScale
+from .ingredients import Ingredients
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, penalty: Penalty | None = "isonet") -> OrthoConv2d:
-    """A convolution without bias that keeps the size at stride 1."""
-    return OrthoConv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False, penalty=penalty)
+def through(x: Tensor, *layers: nn.Module | None) -> Tensor:
+    """The layers that there are, one after the other."""
+    for layer in layers:
+        x = x if layer is None else layer(x)
+    return x
+
+
+def end(conv: nn.Module, norm: nn.Module | None, scale: SharedScale | None, x: Tensor) -> Tensor:
+    """The last convolution of a branch and what comes behind it."""
+    if scale is None:
+        return through(conv(x), norm)
+    if norm is None:
+        return scale.fold(conv, x)
+    y = norm(conv(x))
+    return scale(y).to(y.dtype)
 
 
 class BasicBranch(nn.Module):
-    """3x3 (strided), SReLU, 3x3; with a shared scale, initially 0, where the block is residual."""
+    """3x3 (strided), activation, 3x3. x_in, x_out: Fixup's shifts before and behind a convolution."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, residual: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, made: Ingredients) -> None:
         super().__init__()
-        self.a = conv(inputs, outputs, 3, stride)
-        self.a_relu = SReLU(outputs, inplace=True)
-        self.b = conv(outputs, outputs, 3)
-        if residual:
-            self.shared_scalar = SharedScale(0.0)
-        self.residual = residual
+        self.a_in, self.a = made.shift(), made.conv(inputs, outputs, 3, stride)
+        self.a_bn, self.a_out = made.norm(outputs), made.shift()
+        self.a_relu = made.act(outputs)
+        self.b_in, self.b = made.shift(), made.conv(outputs, outputs, 3)
+        self.b_bn, self.b_out = made.norm(outputs, last=True), made.shift()
+        if made.scaled:
+            self.shared_scalar = made.scale()
+        self.scaled = made.scaled
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.a_relu(self.a(x))
-        return self.shared_scalar.fold(self.b, x) if self.residual else self.b(x)
+        x = self.a_relu(through(self.a(through(x, self.a_in)), self.a_bn, self.a_out))
+        scale = self.shared_scalar if self.scaled else None
+        return through(end(self.b, self.b_bn, scale, through(x, self.b_in)), self.b_out)
 
 
 class BottleneckBranch(nn.Module):
-    """1x1, SReLU, 3x3 (strided), SReLU, 1x1, a quarter as wide inside; with a shared scale where residual."""
+    """1x1, activation, 3x3 (strided), activation, 1x1, a quarter as wide inside. x_in, x_out: Fixup's shifts."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, residual: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, made: Ingredients) -> None:
         super().__init__()
         inner = outputs // 4
-        self.a = conv(inputs, inner, 1)
-        self.a_relu = SReLU(inner, inplace=True)
-        self.b = conv(inner, inner, 3, stride)
-        self.b_relu = SReLU(inner, inplace=True)
-        self.c = conv(inner, outputs, 1)
-        if residual:
-            self.shared_scalar = SharedScale(0.0)
-        self.residual = residual
+        self.a_in, self.a = made.shift(), made.conv(inputs, inner, 1)
+        self.a_bn, self.a_out = made.norm(inner), made.shift()
+        self.a_relu = made.act(inner)
+        self.b_in, self.b = made.shift(), made.conv(inner, inner, 3, stride)
+        self.b_bn, self.b_out = made.norm(inner), made.shift()
+        self.b_relu = made.act(inner)
+        self.c_in, self.c = made.shift(), made.conv(inner, outputs, 1)
+        self.c_bn, self.c_out = made.norm(outputs, last=True), made.shift()
+        if made.scaled:
+            self.shared_scalar = made.scale()
+        self.scaled = made.scaled
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.b_relu(self.b(self.a_relu(self.a(x))))
-        return self.shared_scalar.fold(self.c, x) if self.residual else self.c(x)
+        x = self.a_relu(through(self.a(through(x, self.a_in)), self.a_bn, self.a_out))
+        x = self.b_relu(through(self.b(through(x, self.b_in)), self.b_bn, self.b_out))
+        scale = self.shared_scalar if self.scaled else None
+        return through(end(self.c, self.c_bn, scale, through(x, self.c_in)), self.c_out)
 
 
 class Block(nn.Module):
-    """Plain: srelu(f(x)). Residual: srelu(shortcut(x) + f(x)), the shortcut a strided 1x1 where the shape changes."""
+    """Plain: act(f(x)). Residual: act(shortcut(x) + f(x)), the shortcut a strided 1x1 where the shape changes."""
 
-    def __init__(self, branch: nn.Module, inputs: int, outputs: int, stride: int, residual: bool) -> None:
+    def __init__(
+        self,
+        branch: type[BasicBranch] | type[BottleneckBranch],
+        inputs: int,
+        outputs: int,
+        stride: int,
+        made: Ingredients,
+    ) -> None:
         super().__init__()
-        self.proj = conv(inputs, outputs, 1, stride) if residual and (inputs != outputs or stride != 1) else None
-        self.f = branch
-        self.relu: nn.Module = (ResidualSReLU if residual else SReLU)(outputs, inplace=True)
-        self.residual = residual
+        project = made.residual and (inputs != outputs or stride != 1)
+        self.proj_in = made.shift() if project else None
+        self.proj = made.conv(inputs, outputs, 1, stride) if project else None
+        self.bn = made.norm(outputs) if project else None
+        self.f = branch(inputs, outputs, stride, made)
+        self.relu = made.join(outputs) if made.residual else made.act(outputs)
+        self.residual, self.joins = made.residual, made.activation == "srelu"
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.residual:
             return self.relu(self.f(x))
-        return self.relu(x if self.proj is None else self.proj(x), self.f(x))
+        shortcut = through(x, self.proj_in, self.proj, self.bn)
+        return self.relu(shortcut, self.f(x)) if self.joins else self.relu(shortcut + self.f(x))
 
 
 def stage(
@@ -76,25 +107,25 @@ def stage(
     outputs: int,
     stride: int,
     blocks: int,
-    residual: bool,
+    made: Ingredients,
 ) -> nn.Sequential:
     """Blocks b1, b2, ...; the first one changes the width and applies the stride."""
     blocks_ = nn.Sequential()
     for n in range(blocks):
-        block = Block(branch(inputs, outputs, stride, residual), inputs, outputs, stride, residual)
-        blocks_.add_module(f"b{n + 1}", block)
+        blocks_.add_module(f"b{n + 1}", Block(branch, inputs, outputs, stride, made))
         inputs, stride = outputs, 1
     return blocks_
 
 
 class Head(nn.Module):
-    """Average pooling, dropout (0: no such layer), linear classifier."""
+    """Average pooling, dropout (0: no such layer), linear classifier; Fixup's shift before it."""
 
-    def __init__(self, inputs: int, num_classes: int, dropout: float) -> None:
+    def __init__(self, inputs: int, num_classes: int, dropout: float, made: Ingredients) -> None:
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.fc_in = made.shift()
         self.fc = nn.Linear(inputs, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.dropout(self.avg_pool(x).flatten(1)))
+        return self.fc(through(self.dropout(self.avg_pool(x).flatten(1)), self.fc_in))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
-from ..nn import SReLU
-from .arguments import dropout_rate, integer, positive, truth
-from .blocks import BasicBranch, Head, conv, stage
+from .arguments import dropout_rate, integer, positive
+from .blocks import BasicBranch, Head, stage, through
+from .ingredients import Ingredients, Switches
 from .network import Network
 
 
 class CifarStem(nn.Module):
-    """3x3 convolution and SReLU, no pooling; a delta, never penalised whatever its input channels."""
+    """3x3 convolution and activation, no pooling; never penalised whatever its input channels."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, made: Ingredients) -> None:
         super().__init__()
-        self.conv = conv(inputs, outputs, 3, penalty=None)
-        self.relu = SReLU(outputs, inplace=True)
+        self.conv = made.conv(inputs, outputs, 3, penalty=None)
+        self.bn, self.out = made.norm(outputs), made.shift()
+        self.relu = made.act(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.conv(x))
+        return self.relu(through(self.conv(x), self.bn, self.out))
 
 
 class ISONetCifar(Network):
@@ -33,20 +36,22 @@ class ISONetCifar(Network):
         num_classes: int = 10,
         in_channels: int = 3,
         dropout: float | None = None,
+        **switches: Unpack[Switches],
     ) -> None:
         super().__init__()
         depth, width = integer("depth", depth), positive("width", width)
         num_classes, in_channels = positive("num_classes", num_classes), positive("in_channels", in_channels)
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
-        residual, dropout = truth("residual", residual), dropout_rate(dropout, 0.0, "no such layer")
+        made, dropout = Ingredients(residual, **switches), dropout_rate(dropout, 0.0, "no such layer")
         blocks = (depth - 2) // 6
         self.feature_channels = {"s1": width, "s2": 2 * width, "s3": 4 * width}
-        self.stem = CifarStem(in_channels, width)
-        self.s1 = stage(BasicBranch, width, width, 1, blocks, residual)
-        self.s2 = stage(BasicBranch, width, 2 * width, 2, blocks, residual)
-        self.s3 = stage(BasicBranch, 2 * width, 4 * width, 2, blocks, residual)
-        self.head = Head(4 * width, num_classes, dropout)
+        self.stem = CifarStem(in_channels, width, made)
+        self.s1 = stage(BasicBranch, width, width, 1, blocks, made)
+        self.s2 = stage(BasicBranch, width, 2 * width, 2, blocks, made)
+        self.s3 = stage(BasicBranch, 2 * width, 4 * width, 2, blocks, made)
+        self.head = Head(4 * width, num_classes, dropout, made)
+        made.begin(self)
 
 
 def isonet_cifar(
@@ -56,11 +61,14 @@ def isonet_cifar(
     num_classes: int = 10,
     in_channels: int = 3,
     dropout: float | None = None,
+    **switches: Unpack[Switches],
 ) -> ISONetCifar:
     """ISONet (or with `residual` R-ISONet) for small images: three stages of widths w, 2w, 4w, no normalisation.
 
     depth: 6 n + 2 with n blocks per stage: 8, 14, 20, 26, 32, ..., 110. dropout: before the classifier; None: no such
-    layer. Raises TypeError for an argument of another type; ValueError for another depth, for a width, classes or
-    channels below 1, and for a dropout outside [0, 1).
+    layer. switches: what else the network is made of (`ingredients.Switches`).
+
+    Raises TypeError for an argument of another type; ValueError for another depth, for a width, classes or channels
+    below 1, and for a dropout outside [0, 1).
     """
-    return ISONetCifar(depth, residual, width, num_classes, in_channels, dropout)
+    return ISONetCifar(depth, residual, width, num_classes, in_channels, dropout, **switches)

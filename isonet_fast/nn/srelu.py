@@ -103,6 +103,17 @@ class SharedScale(nn.Module):
         return conv._conv_forward(x, scaled, None if bias is None else (scale * bias.to(dtype)).to(bias.dtype))
 
 
+class SharedShift(nn.Module):
+    """x -> x + b with one learnable number for the whole of x, initially 0 (Fixup). State: `shift` (1, 1, 1, 1)."""
+
+    def __init__(self, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.shift = _filled((1, 1, 1, 1), 0.0, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift.view([1] * x.dim())
+
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BARE = (*_CONVOLUTIONS, OrthoConv1d, OrthoConv2d, OrthoConv3d, SharedScale)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

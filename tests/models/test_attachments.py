@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from isonet_fast import reference
 from isonet_fast.models import isonet_cifar
 from isonet_fast.models.blocks import BasicBranch, Block, BottleneckBranch, stage
+from isonet_fast.models.ingredients import Ingredients
 
 LAST = {BasicBranch: "b", BottleneckBranch: "c"}
 
@@ -102,7 +103,7 @@ def block(branch: type[nn.Module], attach: Callable[[nn.Module], nn.Module]) -> 
     """A strided residual block away from its initial values, with something on its branch's last convolution; the same
     at every call."""
     torch.manual_seed(1)
-    (block,) = stage(branch, 4, 8, 2, 1, True).double()
+    (block,) = stage(branch, 4, 8, 2, 1, Ingredients(True)).double()
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(torch.randn_like(parameter) / 3)

@@ -12,6 +12,7 @@ from torch import nn
 import isonet_fast
 from isonet_fast import models, reference
 from isonet_fast.models.blocks import BottleneckBranch, stage
+from isonet_fast.models.ingredients import Ingredients
 from isonet_fast.models.official import official
 
 
@@ -181,7 +182,7 @@ def test_folded_weight_is_formed_in_float32() -> None:
 def test_compiles_without_graph_breaks(residual: bool) -> None:
     """One bottleneck stage with a stride: every kind of block that the networks are made of."""
     torch.manual_seed(0)
-    model = generic(stage(BottleneckBranch, 16, 32, 2, 2, residual))
+    model = generic(stage(BottleneckBranch, 16, 32, 2, 2, Ingredients(residual)))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 16, 9, 9)
     grads = []
@@ -197,7 +198,7 @@ def test_compiles_without_graph_breaks(residual: bool) -> None:
 @pytest.mark.parametrize("residual", [False, True])
 def test_one_activation_per_convolution_is_kept(residual: bool, device: torch.device) -> None:
     """For the backward: the input and each SReLU's output, in the convolution's own storage. No branch, no sum."""
-    model = stage(BottleneckBranch, 16, 16, 1, 2, residual).to(device)
+    model = stage(BottleneckBranch, 16, 16, 1, 2, Ingredients(residual)).to(device)
     x = torch.randn(3, 16, 8, 8, device=device, requires_grad=True)
     kept: dict[int, tuple[int, ...]] = {}
 

@@ -31,7 +31,9 @@ def fill_(model: nn.Module) -> None:
             p.copy_(-0.6 + 0.4 * noise)
         elif name.endswith("scale"):
             p.copy_(0.1 + 0.08 * noise)
-        elif name == "head.fc.bias":
+        elif name.endswith("bn.weight"):
+            p.copy_(1 + 0.3 * noise)
+        elif p.dim() == 1:  # of the classifier, a convolution or a normalisation
             p.copy_(0.1 * noise)
         elif name in ("head.fc.weight", "stem.conv.weight"):
             p.copy_(noise * math.sqrt(3 / p[0].numel()))

@@ -2,10 +2,10 @@
 
     python -m tests.parity.make_golden --official-repo PATH          (a clone of github.com/HaozhiQi/ISONet; needs yacs)
 
-The eight networks are built by the official code from its own YAML files; weights and images follow `formula.py`,
-in float64. Two things are changed in the official code at run time: its penalty asks for a CUDA device and is given
-the CPU, and the convolution that it calls there is one matrix product (`_conv2d`), because PyTorch's own in float64
-on a CPU multiplies image by image. The eight take about an hour on two cores.
+The eight networks are built by the official code from its own YAML files, and a few more with its other switches;
+weights and images follow `formula.py`, in float64. Two things are changed in the official code at run time: its penalty
+asks for a CUDA device and is given the CPU, and the convolution that it calls there is one matrix product (`_conv2d`),
+because PyTorch's own in float64 on a CPU multiplies image by image. The eight take about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import isonet_fast
+from isonet_fast.models.isonet import ISONet
 
 from . import formula, steps
 
@@ -32,6 +34,19 @@ CONFIGS = {
     f"{ours}{depth}": f"IN1k-{theirs}{depth}.yaml"
     for ours, theirs in (("isonet", "ISO"), ("risonet", "RISO"))
     for depth in (18, 34, 50, 101)
+}
+BATCH_RELU = dict(activation="relu", normalisation="batch", initialisation="kaiming", branch_scale=None)
+SWITCHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # ours, and the official configuration of that name
+    "resnet18": (
+        dict(depth=18, residual=True, **BATCH_RELU),
+        dict(HAS_BN=True, HAS_ST=True, SReLU=False, DIRAC_INIT=False),
+    ),
+    "relu18": (dict(depth=18, activation="relu"), dict(SReLU=False)),
+    "kaiming18": (dict(depth=18, initialisation="kaiming"), dict(DIRAC_INIT=False)),
+    "batch_scale18": (  # everything at once: SReLU behind BatchNorm, a skip, a scale that starts at 1
+        dict(depth=18, residual=True, normalisation="batch", branch_scale=1.0),
+        dict(HAS_BN=True, HAS_ST=True, HAS_RES_MULTIPLIER=True),
+    ),
 }
 STEPS = 3
 
@@ -64,7 +79,11 @@ class Official:
         """The network in float64 with its optimizer, and gamma."""
         self.config.defrost()
         self.config.merge_from_other_cfg(self.defaults)
-        self.config.merge_from_file(str(self.configs / CONFIGS[name]))
+        if name in CONFIGS:
+            self.config.merge_from_file(str(self.configs / CONFIGS[name]))
+        else:
+            switches = dict(SWITCHED[name][1], DEPTH=SWITCHED[name][0]["depth"])
+            self.config.ISON.update(switches)
         model = self.network().double()
         formula.fill_(model)
         return model, self.optim.construct_optim(model, 1), self.config.ISON.ORTHO_COEFF
@@ -83,7 +102,8 @@ class Official:
 def ours(
     name: str, recipe: dict[str, float], device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, torch.optim.Optimizer, isonet_fast.OrthoRegularizer]:
-    model = getattr(isonet_fast.models, name)().double()
+    make = getattr(isonet_fast.models, name) if name in CONFIGS else partial(ISONet, **SWITCHED[name][0], dropout=0.0)
+    model = make().double()
     formula.fill_(model)
     model.to(device)
     groups = isonet_fast.param_groups(model, recipe["lr"], recipe["weight_decay"])
@@ -98,8 +118,8 @@ def compare(name: str, official: Official) -> dict[str, Any]:
     model, optimizer, reg = ours(name, recipe)
     if [(n, p.shape) for n, p in theirs.state_dict().items()] != [(n, p.shape) for n, p in model.state_dict().items()]:
         raise SystemExit(f"{name}: names, shapes or order of the state_dict differ")
-    if model.head.dropout.p != theirs.head.dropout.p:
-        raise SystemExit(f"{name}: dropout {model.head.dropout.p}, official {theirs.head.dropout.p}")
+    if dropout_rate(model) != dropout_rate(theirs):
+        raise SystemExit(f"{name}: dropout {dropout_rate(model)}, official {dropout_rate(theirs)}")
 
     worst = dict.fromkeys(("logits", "penalty", "gradient", "penalty gradient", "weights after"), 0.0)
 
@@ -133,6 +153,10 @@ def compare(name: str, official: Official) -> dict[str, Any]:
     note_convert(name, theirs, their_optimizer)
     print(f"{name:<11}", *(f"{what} {value:.1e}" for what, value in worst.items()), sep="  ", flush=True)
     return entry
+
+
+def dropout_rate(model: nn.Module) -> float:
+    return sum(module.p for module in model.modules() if isinstance(module, nn.Dropout))
 
 
 def note_dropout(name: str, model: nn.Module, theirs: nn.Module) -> None:
@@ -171,7 +195,7 @@ def note_convert(name: str, theirs: nn.Module, optimizer: torch.optim.Optimizer)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official-repo", type=Path, required=True)
-    parser.add_argument("--only", choices=CONFIGS, nargs="*", default=list(CONFIGS))
+    parser.add_argument("--only", choices=[*CONFIGS, *SWITCHED], nargs="*", default=[*CONFIGS, *SWITCHED])
     options = parser.parse_args()
     official = Official(options.official_repo)
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}

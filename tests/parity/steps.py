@@ -40,9 +40,12 @@ def train(
 ) -> Iterator[Step]:
     """Yield each step after its gradients are known and before the optimizer applies them.
 
-    In eval mode: dropout is the networks' only randomness, and nothing else depends on the mode.
+    Dropout is off, the networks' only randomness.
     """
-    model.eval()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
     for _ in range(steps):
         yield Step(model, penalty, gamma)
         optimizer.step()
