@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isonet_fast import models
+from isonet_fast import OrthoConv2d, models
 from isonet_fast.models import official
 
 from .harness import Contender
@@ -106,10 +107,15 @@ class OfficialRepo:
 
 
 def build(name: str) -> nn.Module:
-    """A network by its name: isonet50, risonet50, cifar32 (isonet_cifar of depth 32), cifar32x4 (4 times as wide).
+    """A network by its name: isonet50, risonet50, cifar32 (isonet_cifar of depth 32), cifar32x4 (4 times as wide),
+    kernel5 (5x5 convolutions of 64, 128 and 256 channels).
 
     Without dropout: its noise would hide errors.
     """
+    if name.startswith("kernel"):
+        size = int(name.removeprefix("kernel"))
+        channels = (64, 64, 64, 128, 128, 256, 256)
+        return nn.Sequential(*(OrthoConv2d(i, o, size, padding=size // 2) for i, o in itertools.pairwise(channels)))
     if not name.startswith("cifar"):
         return getattr(models, name)(dropout=0.0)
     depth, _, width = name.removeprefix("cifar").partition("x")

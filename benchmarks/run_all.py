@@ -40,7 +40,7 @@ PARTS = {
     ),
     "cpu": (  # under ten minutes on two cores
         Part("bench_srelu", 110),
-        Part("bench_orthogonality", 110),
+        Part("bench_orthogonality", 150),
         Part("bench_step", 110, ("--profile",)),
         Part("bench_host", 8),
         Part("bench_scaling", 100),

@@ -11,7 +11,7 @@ from .rows import Row, group, ms
 LARGE = 256 << 20
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 NETWORKS = ("isonet18", "isonet34", "isonet50", "isonet101")
-SHOWN = ("cifar32", *NETWORKS, "risonet50")
+SHOWN = ("cifar32", *NETWORKS, "risonet50", "kernel5")
 WHOLE = {"op": "orthogonality", "mode": "loss+gradient graph", "layout": "channels_last"}  # as a GPU trains
 
 
@@ -166,11 +166,12 @@ def _cpu_srelu(rows: list[Row]) -> Outcome | None:
 def _cpu_penalty(rows: list[Row]) -> Outcome | None:
     texts, reached = [], True
     for network in SHOWN:
+        wanted = 4.0 if network == "kernel5" else 2.0
         where = {"op": "orthogonality", "mode": "loss+gradient", "case": network}
         if side := group(rows, ("official", "isonet_fast", "matmul"), **where):
             speedup = ms(side["official"]) / ms(side["isonet_fast"])
             share = float(side["isonet_fast"]["fraction_of_limit"])
-            reached &= speedup >= 1.5 or share >= 0.8
+            reached &= speedup >= wanted
             reached &= int(side["isonet_fast"]["peak_bytes"]) <= int(side["official"]["peak_bytes"])
             texts.append(f"{network} {speedup:.2g}x, {share:.0%} of sgemm")
     return Outcome("; ".join(texts), reached) if texts else None
@@ -183,7 +184,7 @@ def _cpu_step(rows: list[Row]) -> Outcome | None:
         if side and problem["case"].startswith("cifar"):
             official, ours, bare = (ms(side[p]) for p in ("official", "isonet_fast", "bare"))
             found[problem["case"]] = (official - ours) / (official - bare)
-    return _spread(found, 0.7, "%")
+    return _spread(found, 0.8, "%")
 
 
 TARGETS = (
@@ -202,7 +203,7 @@ TARGETS = (
     Target("GPU", "penalty's share of our step", "< 2 %", _share),
     Target("GPU", "peak memory of our step / official", "<= 0.5x", _memory),
     Target("CPU", "official SReLU / ours, forward + backward", ">= 2x, or the copy bandwidth", _cpu_srelu),
-    Target("CPU", "official penalty / ours, with gradient", ">= 1.5x, or 80 % of sgemm; no more memory", _cpu_penalty),
+    Target("CPU", "official penalty / ours, with gradient", ">= 2x, 5x5 kernels >= 4x; no more memory", _cpu_penalty),
     Target("CPU", "the call for 99 layers, its launches on a driver that does nothing", "<= 300 us", _host),
-    Target("CPU", "isonet_cifar step: official time above bare that is gone", ">= 70 %", _cpu_step),
+    Target("CPU", "isonet_cifar step: share of the official overhead removed", ">= 80 %", _cpu_step),
 )

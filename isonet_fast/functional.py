@@ -146,7 +146,8 @@ def orthogonality_loss(
     "highest" (IEEE float32), which "lorth" layers with more rows than the operator has columns always take: their
     residual does not vanish at the optimum. float64 is always computed in float64.
 
-    Differentiable once; `reference.orthogonality_loss` is differentiable at every order.
+    Differentiable once; `reference.orthogonality_loss` is differentiable at every order. The transforms of torch.func
+    and forward-mode AD differentiate that one.
 
     Raises TypeError for something that is no tensor, a sparse or nested one, or an integer or complex dtype; ValueError
     for a rank outside 2 to 5, an unknown penalty or precision, groups that do not divide the outputs, a stride or
@@ -162,5 +163,7 @@ def orthogonality_loss(
     layers = tuple(checked_layer(w, s, e, g, penalty) for w, s, e, g in zip(weights, *geometry, strict=True))
     for w in weights[1:]:
         check_device("every weight", w, "the first", weights[0])
+    if standard.wanted():
+        return standard.orthogonality_loss(weights, *geometry, penalty)
     problem = Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]

@@ -184,21 +184,20 @@ class Layer:
         """Offsets or frequencies: what can be computed apart, and adds up."""
         return {"overlap": self.offsets, "frequency": self.frequencies}[form]
 
-    def work(self, form: str, unit: tuple[int, ...]) -> int:
-        """Multiplications of one unit's penalty and gradient in the closed form, as ops/overlap_form.py and
+    def work(self, form: str, unit: tuple[int, ...], gradient: bool = True) -> int:
+        """Multiplications of one unit's penalty, and of its gradient, in the closed form, as ops/overlap_form.py and
         ops/frequency_form.py do them, over all groups."""
         square = self.groups * self.rows**2 * self.columns
         if form == "overlap":  # R_t; R_t A and R_t^T A
-            return square * self.overlap(unit) * (3 if any(unit) else 2)
+            return square * self.overlap(unit) * (1 + gradient * (2 if any(unit) else 1))
         wide = math.prod(self.phases)
         if not any(unit):  # R; R B
-            return square * wide * 2
-        taps = math.prod(self.periods)
-        waves = 4 * self.groups * taps * self.rows * self.columns * wide  # cosine and sine, there and back
-        return square * wide * 5 + waves  # two products for R, three for R B
+            return square * wide * (1 + gradient)
+        wave = self.groups * math.prod(self.periods) * self.rows * self.columns * wide
+        return square * wide * (2 + 3 * gradient) + 2 * wave * (1 + gradient)  # cosine and sine, there and back
 
-    def multiplications(self, form: str) -> int:
-        return sum(self.work(form, unit) for unit in self.units(form))
+    def multiplications(self, form: str, gradient: bool = True) -> int:
+        return sum(self.work(form, unit, gradient) for unit in self.units(form))
 
 
 def split_work(

@@ -1,10 +1,12 @@
-"""SReLU and the join in standard operators, for whatever must see through them: torch.func, exports and traces.
+"""SReLU, the join and the penalty in standard operators, for what must see through them: torch.func, exports, traces.
 
 Transforms (grad, vmap, jvp, ...) and forward-mode AD differentiate the reference's formulas. What torch.export,
 torch.onnx.export and torch.jit.trace record is one maximum, which every runtime knows.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +35,15 @@ def srelu(x: Tensor, bias: Tensor) -> Tensor:
 
 def residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
     return srelu(summed(shortcut, branch, scale), bias)
+
+
+def orthogonality_loss(
+    weights: Sequence[Tensor], stride: list, dilation: list, groups: list[int], penalty: str
+) -> Tensor:
+    """The penalty, in float32 at least, under autocast too. Differentiable at every order.
+
+    A derivative that is taken under autocast is multiplied as autocast says, as every plain operator's is.
+    """
+    with torch.autocast(weights[0].device.type, enabled=False):
+        wide = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+        return reference.orthogonality_loss(wide, stride=stride, dilation=dilation, groups=groups, penalty=penalty)

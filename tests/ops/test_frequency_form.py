@@ -70,6 +70,9 @@ def test_the_geometry_counts_every_multiplication(layer, form):
     with Multiplications() as counted:
         evaluate(weights, layer, form)
     assert counted.total == 2 * layer.multiplications(form)
+    with Multiplications() as counted:
+        closed_form.evaluate(weights, [layer] * 2, [(form, layer.units(form))] * 2, None)
+    assert counted.total == 2 * layer.multiplications(form, gradient=False)
     for unit in layer.units(form)[:5]:
         evaluate(weights[:1], layer, form, (unit,))
         with Multiplications() as counted:
