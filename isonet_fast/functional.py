@@ -164,6 +164,6 @@ def orthogonality_loss(
     for w in weights[1:]:
         check_device("every weight", w, "the first", weights[0])
     if standard.wanted():
-        return standard.orthogonality_loss(weights, *geometry, penalty)
+        return standard.orthogonality_loss(weights, geometry[0], geometry[1], geometry[2], penalty)
     problem = Problem(layers, (1.0,) * len(layers), precision)
     return _orthogonality.loss(weights, problem)[0]

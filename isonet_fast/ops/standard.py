@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
+from ..geometry import Penalty
 from .residual_srelu import summed
 from .srelu import per_channel
 
@@ -38,7 +39,7 @@ def residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
 
 
 def orthogonality_loss(
-    weights: Sequence[Tensor], stride: list, dilation: list, groups: list[int], penalty: str
+    weights: Sequence[Tensor], stride: list, dilation: list, groups: list[int], penalty: Penalty
 ) -> Tensor:
     """The penalty, in float32 at least, under autocast too. Differentiable at every order.
 
