@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .activation_arguments import channel_axis, check_device, check_tensor, kernel_parameter
 from .geometry import Penalty, Precision
-from .inplace import check_apart, may_write, written
+from .inplace import check_apart, may_write
 from .ops import orthogonality as _orthogonality
 from .ops import standard
 from .ops.residual_srelu import ResidualSReLU
@@ -58,9 +58,14 @@ def srelu(
     if standard.wanted():
         return standard.srelu(x, bias)
     bias = kernel_parameter(bias, x)
-    if inplace and may_write("x", x, bias):
-        return written(SReLU, x, bias)
-    return SReLU.apply(x, bias, False)
+    if not inplace:
+        return SReLU.apply(x, bias, False)
+    compiling = torch.compiler.is_compiling()
+    if not may_write("x", x, bias, None, compiling):
+        return SReLU.apply(x, bias, False)
+    if compiling or x.is_neg() or bias.is_neg():
+        return x.copy_(SReLU.apply(x, bias, False))  # see residual_srelu
+    return SReLU.apply(x, bias, True)
 
 
 def residual_srelu(
@@ -113,10 +118,18 @@ def residual_srelu(
     bias = kernel_parameter(bias, shortcut)
     if scale is not None:
         scale = kernel_parameter(scale, shortcut)
-    if inplace and may_write("branch", branch, bias, shortcut):
-        check_apart("branch", branch, "shortcut", shortcut)
-        return written(ResidualSReLU, branch, shortcut, bias, None)
-    return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
+    if not inplace:
+        return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
+    compiling = torch.compiler.is_compiling()
+    if not may_write("branch", branch, bias, shortcut, compiling):
+        return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
+    # torch.compile takes a Function's inputs in an order of its own, and autograd the first one as the tensor written
+    # over, which matters where that is a view. The compiler, which allocates the buffers itself, deletes the copy.
+    # PyTorch resolves no negative bit for an op that returns nothing.
+    if compiling or branch.is_neg() or shortcut.is_neg() or bias.is_neg():
+        return branch.copy_(ResidualSReLU.apply(branch, shortcut, bias, None, False))
+    check_apart("branch", branch, "shortcut", shortcut)
+    return ResidualSReLU.apply(branch, shortcut, bias, None, True)
 
 
 def orthogonality_loss(

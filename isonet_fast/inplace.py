@@ -1,4 +1,4 @@
-"""Activations written over their input: how, and what autograd or memory forbids, found before the data change."""
+"""Which tensors an activation may be written over: what autograd or memory forbids is found before the data change."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ _REFUSED_VIEWS = {
 }
 
 
-def may_write(name: str, x: Tensor, bias: Tensor, *others: Tensor) -> bool:
+def may_write(name: str, x: Tensor, bias: Tensor, shortcut: Tensor | None, compiling: bool) -> bool:
     """Whether y can be written over x. Where that is the caller's mistake, a ValueError before the data change.
 
     False is the answer for a view that a custom Function returned. register_full_backward_hook makes such views of
     a module's inputs and outputs, and whoever registers a hook cannot be expected to change the network.
     """
-    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (x, bias, *others))
+    needed = x.requires_grad or bias.requires_grad or (shortcut is not None and shortcut.requires_grad)
+    recorded = needed and torch.is_grad_enabled()
     base = x._base
     root = x if base is None else base
     if recorded and root.requires_grad and root.is_leaf:
         raise ValueError(f"inplace=True on {name}, a leaf that requires grad (or a view of one); pass inplace=False")
-    if _shares_memory(x):
+    if not x.is_contiguous() and _shares_memory(x):
         raise ValueError(f"inplace=True on {name}, whose elements share memory (strides {x.stride()}); clone it first")
-    if torch.compiler.is_compiling():
+    if compiling:
         return True
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"inplace=True on {name}, an inference tensor, outside inference mode; pass inplace=False")
@@ -57,22 +58,10 @@ def check_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
     Where one of them has gaps, every implementation reads a copy of it.
     """
-    if torch.compiler.is_compiling() or not torch._C._is_alias_of(x, other):  # type: ignore[attr-defined]
+    if not torch._C._is_alias_of(x, other) or not x.numel():  # type: ignore[attr-defined]
         return
-    if not x.numel() or torch._debug_has_internal_overlap(x) or torch._debug_has_internal_overlap(other):
+    if torch._debug_has_internal_overlap(x) or torch._debug_has_internal_overlap(other):
         return
     apart = abs(x.data_ptr() - other.data_ptr())
     if apart < x.numel() * x.element_size() and (apart or x.stride() != other.stride()):
         raise ValueError(f"inplace=True on {name}, which overlaps {other_name} partly; clone one of them first")
-
-
-def written(function: type[torch.autograd.Function], x: Tensor, *others: Tensor | None) -> Tensor:
-    """function(x, *others), written over x.
-
-    torch.compile takes a Function's inputs in an order of its own, and autograd the first one as the tensor that was
-    written over, which matters where that is a view. Compiled code therefore copies, and the compiler, which allocates
-    the buffers itself, deletes the copy. PyTorch resolves no negative bit for an op that returns nothing.
-    """
-    if torch.compiler.is_compiling() or any(t is not None and t.is_neg() for t in (x, *others)):
-        return x.copy_(function.apply(x, *others, False))
-    return function.apply(x, *others, True)

@@ -83,7 +83,7 @@ def scaled_gradients(
         return grad_shortcut, grad_branch, grad_bias, grad_scale
     if torch.is_grad_enabled():
         return ResidualSReLUBackward.apply(grad_output, output, branch, bias, scale)
-    return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+    return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
 
 
 class ResidualSReLU(torch.autograd.Function):
@@ -98,11 +98,11 @@ class ResidualSReLU(torch.autograd.Function):
         ctx: Any, branch: Tensor, shortcut: Tensor, bias: Tensor, scale: Tensor | None, inplace: bool
     ) -> Tensor:
         if inplace:
-            ops.residual_srelu_(shortcut, branch, bias, scale)
+            ops.residual_srelu_.default(shortcut, branch, bias, scale)
             ctx.mark_dirty(branch)
             output = branch
         else:
-            output = ops.residual_srelu(shortcut, branch, bias, scale)
+            output = ops.residual_srelu.default(shortcut, branch, bias, scale)
         ctx.save_for_backward(output, bias, *(() if scale is None else (branch, scale)))
         return output
 
@@ -127,7 +127,7 @@ class ResidualSReLUBackward(torch.autograd.Function):
         ctx: Any, grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ctx.save_for_backward(grad_output, output, branch, bias, scale)
-        return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+        return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
 
     @staticmethod
     def backward(

@@ -4,7 +4,8 @@ Only the output and the bias are saved, so the op can run in place; the mask is 
 values in any shape, and its gradient has that shape: the layer's (1, C, 1, 1) needs no view and no autograd node.
 
 Autograd is a pair of `torch.autograd.Function`s around ops that know nothing of it: `register_autograd` refuses an op
-that mutates, and its Python wrapper around every call costs more than a small kernel.
+that mutates, and its Python wrapper around every call costs more than a small kernel. The overload `.default` is named
+because to look it up at every call costs as much as all checks of the arguments.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def gradients(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor
         return standard_gradients(grad_output, output, bias)
     if torch.is_grad_enabled():
         return SReLUBackward.apply(grad_output, output, bias)
-    return ops.srelu_backward(grad_output, output, bias)
+    return ops.srelu_backward.default(grad_output, output, bias)
 
 
 class SReLU(torch.autograd.Function):
@@ -91,11 +92,11 @@ class SReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, inplace: bool) -> Tensor:
         if inplace:
-            ops.srelu_(x, bias)
+            ops.srelu_.default(x, bias)
             ctx.mark_dirty(x)
             output = x
         else:
-            output = ops.srelu(x, bias)
+            output = ops.srelu.default(x, bias)
         ctx.save_for_backward(output, bias)
         return output
 
@@ -111,7 +112,7 @@ class SReLUBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(output, bias)
-        return ops.srelu_backward(grad_output, output, bias)
+        return ops.srelu_backward.default(grad_output, output, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_grad_x: Tensor, grad_grad_bias: Tensor) -> tuple[Tensor, None, None]:
