@@ -1,5 +1,5 @@
-"""Isometric networks (ISONet, R-ISONet) for PyTorch: fused SReLU, the orthogonality penalty of a whole network in a
-few launches, layers, a regularizer, ready networks and a trainer."""
+"""Isometric networks (ISONet, R-ISONet) for PyTorch: fused SReLU, the orthogonality penalty of a whole network
+(on a GPU in a few launches), layers, a regularizer, ready networks and a trainer."""
 
 from ._require_torch import require_torch
 
