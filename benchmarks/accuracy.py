@@ -3,7 +3,9 @@
 Relative error against float64 of the loss and of the gradient, for kernels at a distance of 1e-3 from an orthogonal
 one, where G - I is a small difference of large numbers. The rows named isonet_fast run the Triton kernels (on the GPU,
 or in Triton's interpreter); "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor
-cores would give at best. Rows go to benchmarks/results/accuracy.csv, the figure to docs/accuracy.png.
+cores would give at best. "closed form, overlap" and "closed form, frequency" are the two forms of ops/closed_form.py in
+float32, and "closed form" is the one that serves a layer of this size. Rows go to benchmarks/results/accuracy.csv, the
+figure to docs/accuracy.png.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ if not torch.cuda.is_available():
 from isonet_fast import reference
 from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
+from isonet_fast.ops import closed_form
 from isonet_fast.problem import Problem
 
 from . import rows
@@ -42,7 +45,12 @@ LABELS = {  # provider: how the gram and then the gradient's product are compute
     "bf16x3": "bf16x3, bf16x3",
     "isonet_fast": "isonet_fast: bf16x3, bf16",
     "isonet_fast highest": 'isonet_fast, precision="highest": float32',
+    "closed form": "closed form, as it serves this size: float32",
+    "closed form, overlap": "closed form, overlapping taps: float32",
+    "closed form, frequency": "closed form, frequencies: float32",
 }
+MATRIX_SIZES = [(64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3)]  # where every provider is measured
+CLOSED_SIZES = [(16, 2), (16, 3), (64, 2), (256, 3), (512, 2), (512, 3), (16, 5), (64, 5), (128, 5), (16, 7), (64, 7)]
 Rounding = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -95,6 +103,12 @@ def kernels(weight: Tensor, layer: Layer, precision: str | None) -> tuple[float,
     return loss.item(), orthogonality.backward(one, saved, [weight], problem)[0]
 
 
+def closed(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
+    grads: list[Tensor] = []
+    losses = closed_form.evaluate([weight], [layer], [(form, layer.units(form))], lambda _, g: grads.append(g.clone()))
+    return losses.item(), grads[0]
+
+
 def near_orthogonal(channels: int, kernel: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.zeros(channels, channels, kernel, kernel)
@@ -106,15 +120,19 @@ def near_orthogonal(channels: int, kernel: int, seed: int) -> Tensor:
 def measure(channels: int, kernel: int, seeds: int, device: torch.device) -> dict[str, tuple[float, float]]:
     """Median over the seeds of each provider's relative errors of (loss, gradient)."""
     layer = Layer((channels, channels, kernel, kernel), (1, 1), (1, 1), 1, "isonet")
-    errors: dict[str, list[tuple[float, float]]] = {provider: [] for provider in LABELS}
+    everything = (channels, kernel) not in CLOSED_SIZES or device.type == "cuda"
+    chosen = [provider for provider in LABELS if everything or provider.startswith("closed form")]
+    errors: dict[str, list[tuple[float, float]]] = {provider: [] for provider in chosen}
     for seed in range(seeds):
         weight = near_orthogonal(channels, kernel, seed).to(device)
         exact = weight.double().requires_grad_()
         wanted = reference.orthogonality_loss(exact)
         (gradient,) = torch.autograd.grad(wanted, exact)
-        for provider in LABELS:
+        for provider in chosen:
             if provider in ROUNDINGS:
                 loss, grad = emulated(weight, layer, ROUNDINGS[provider])
+            elif provider.startswith("closed form"):
+                loss, grad = closed(weight, layer, provider.partition(", ")[2] or layer.form)
             else:
                 precision = "highest" if provider.endswith("highest") else None
                 loss, grad = kernels(weight, layer, precision)
@@ -135,7 +153,7 @@ def record(results: dict[tuple[int, int], dict[str, tuple[float, float]]], devic
             "mode": mode,
             "case": f"{channels} channels, {kernel}x{kernel}",
             "dtype": "float32",
-            "layout": how if provider.startswith("isonet_fast") else "emulated",
+            "layout": how if provider.startswith("isonet_fast") else "emulated" if provider in ROUNDINGS else "PyTorch",
             "error": f"{error:.3e}",
             "utc": now,
         }
@@ -156,7 +174,7 @@ def draw(results: dict[tuple[int, int], dict[str, tuple[float, float]]]) -> None
     for n, axis in enumerate(axes):
         for index, (provider, label) in enumerate(LABELS.items()):
             for kernel, style in ((1, "o-"), (3, "s--")):
-                at = sorted(c for c, k in results if k == kernel)
+                at = sorted(c for (c, k), found in results.items() if k == kernel and provider in found)
                 values = [results[c, kernel][provider][n] for c in at]
                 axis.plot(at, values, style, color=f"C{index}", label=label if kernel == 1 else None)
         axis.set(xscale="log", yscale="log", xlabel="channels (solid: 1x1, dashed: 3x3)")
@@ -176,14 +194,14 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         warnings.simplefilter("ignore", RuntimeWarning)  # padding that is never used may hold anything
-    sizes = [(64, 1), (128, 1), (64, 3)] if quick else [(64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3)]
-    if device.type == "cuda" and not quick:
-        sizes += [(256, 3), (512, 3)]
+    sizes = [(64, 1), (128, 1), (64, 3)] if quick else [*MATRIX_SIZES]
+    if not quick:
+        sizes += [(256, 3), (512, 3)] if device.type == "cuda" else CLOSED_SIZES
     results = {}
     for channels, kernel in sizes:
         results[channels, kernel] = measure(channels, kernel, 1 if quick else 5, device)
         for provider, (loss, gradient) in results[channels, kernel].items():
-            print(f"{channels:4} {kernel}x{kernel} {provider:20} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
+            print(f"{channels:4} {kernel}x{kernel} {provider:22} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
         if not quick:
             record({(channels, kernel): results[channels, kernel]}, device)
     if not quick:
