@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ def kernel_parameter(parameter: Tensor, x: Tensor) -> Tensor:
 
 def number(name: str, value: Any) -> float:
     """A real number of any kind (numpy's, a fraction, a tensor of one element), as a float."""
-    scalar = value
-    if getattr(value, "shape", None) in ((), (1,)) and hasattr(value, "item"):
+    scalar, nested = value, isinstance(value, Tensor) and value.is_nested  # which has no shape
+    if not nested and getattr(value, "shape", None) in ((), (1,)) and hasattr(value, "item"):
         scalar = value.item()
     if isinstance(scalar, (bool, complex)) or not isinstance(scalar, numbers.Number):
         raise TypeError(f"{name} must be a real number, got {value!r}")
@@ -97,9 +98,23 @@ def number(name: str, value: Any) -> float:
 
 
 def positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+    try:
+        result = 0 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # tensors of several elements or none raise any of them
+        result = 0
+    if result < 1:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
-    return int(value)
+    if result >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, as every size in PyTorch")
+    return result
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, or what Python takes for one of them."""
+    try:
+        return bool(value)
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors of several elements
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}") from None
 
 
 def check_dtype(dtype: Any) -> None:

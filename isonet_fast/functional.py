@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .activation_arguments import channel_axis, check_device, check_tensor, kernel_parameter
+from .activation_arguments import channel_axis, check_device, check_tensor, flag, kernel_parameter
 from .geometry import Penalty, Precision
 from .inplace import check_apart, may_write
 from .ops import orthogonality as _orthogonality
@@ -53,6 +53,7 @@ def srelu(
     check_tensor("x", x)
     check_tensor("bias", bias)
     check_device("bias", bias, "x", x)
+    inplace = inplace if inplace is False else flag("inplace", inplace)
     if channel_axis("x", x, bias, spatial_dims) == 0:
         return srelu(x.unsqueeze(0), bias, inplace, x.dim() - 1).squeeze(0)
     if standard.wanted():
@@ -104,6 +105,7 @@ def residual_srelu(
         raise ValueError(f"branch must have the shape of shortcut, {tuple(shortcut.shape)}, got {tuple(branch.shape)}")
     if scale is not None and scale.numel() != 1:
         raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
+    inplace = inplace if inplace is False else flag("inplace", inplace)
     if inplace and scale is not None:
         raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
     if channel_axis("shortcut", shortcut, bias, spatial_dims) == 0:

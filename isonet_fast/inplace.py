@@ -22,7 +22,7 @@ def may_write(name: str, x: Tensor, bias: Tensor, shortcut: Tensor | None, compi
     """
     needed = x.requires_grad or bias.requires_grad or (shortcut is not None and shortcut.requires_grad)
     recorded = needed and torch.is_grad_enabled()
-    base = x._base
+    base = None if compiling else x._base  # a graph's inputs are views of nothing
     root = x if base is None else base
     if recorded and root.requires_grad and root.is_leaf:
         raise ValueError(f"inplace=True on {name}, a leaf that requires grad (or a view of one); pass inplace=False")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .nn import SharedScale, SharedShift
@@ -42,9 +44,17 @@ def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> l
 
 
 def _check(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        return  # the optimizer's business; asking for its value would wait for the device
+    if isinstance(value, Tensor):  # its value is the optimizer's business: to ask for it would wait for the device
+        if value.is_nested or value.layout != torch.strided or value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name} must be a number or a dense tensor of one real number, got a Tensor")
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not float(value) >= 0:
+    try:
+        rate = float(value)
+    except OverflowError:
+        rate = math.inf
+    if rate == math.inf:
+        raise ValueError(f"{name} must be finite")
+    if not rate >= 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")

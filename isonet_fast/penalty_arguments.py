@@ -90,9 +90,9 @@ def check_gradients(grads: Iterable[Tensor]) -> None:
 
 def checked_scale(scale: Any) -> float:
     """`grad_scale`: a real number of any kind, also as a tensor of one element."""
-    if isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_complex():
+    if isinstance(scale, Tensor) and not scale.is_nested and scale.numel() == 1 and not scale.is_complex():
         scale = scale.item()
-    elif hasattr(scale, "item") and getattr(scale, "shape", None) == ():  # numpy's scalars
+    elif not isinstance(scale, Tensor) and hasattr(scale, "item") and getattr(scale, "shape", None) == ():  # numpy's
         scale = scale.item()
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
         raise TypeError(f"grad_scale must be a real number, got {_shown(scale)}")

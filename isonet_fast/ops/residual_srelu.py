@@ -82,8 +82,13 @@ def scaled_gradients(
         grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
         return grad_shortcut, grad_branch, grad_bias, grad_scale
     if torch.is_grad_enabled():
+<<<<<<< HEAD
         return ResidualSReLUBackward.apply(grad_output, output, branch, bias, scale)
     return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
+=======
+        return ResidualSReLUBackward.apply(grad_output, output.detach(), branch, bias, scale)  # see `gradients`
+    return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
+>>>>>>> 8bd8371 (What random trials found: NaN in second derivatives, views given to compiled code)
 
 
 class ResidualSReLU(torch.autograd.Function):
@@ -126,12 +131,13 @@ class ResidualSReLUBackward(torch.autograd.Function):
     def forward(
         ctx: Any, grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # the product of a zero that nobody asked for and an infinity would be NaN
         ctx.save_for_backward(grad_output, output, branch, bias, scale)
         return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
 
     @staticmethod
     def backward(
-        ctx: Any, gg_shortcut: Tensor, gg_branch: Tensor, gg_bias: Tensor, gg_scale: Tensor
+        ctx: Any, gg_shortcut: Tensor | None, gg_branch: Tensor | None, gg_bias: Tensor | None, gg_scale: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """The backward is linear in g, in the branch and in s:
 
@@ -139,9 +145,16 @@ class ResidualSReLUBackward(torch.autograd.Function):
         """
         grad_output, output, branch, bias, scale = ctx.saved_tensors
         taken, dtype = blocked(output, bias), wide(output.dtype)
-        s, gg_s = scale.to(dtype).reshape(()), gg_scale.to(dtype).reshape(())
-        passed = gg_shortcut + s * gg_branch.to(dtype) + gg_s * branch.to(dtype)
-        grad_grad = torch.where(taken, per_channel(gg_bias, passed), passed).to(output.dtype)
         masked = torch.where(taken, 0, grad_output).to(dtype)
-        grad_scale = (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
-        return grad_grad, None, (gg_s * masked).to(output.dtype), None, grad_scale
+        passed, grad_branch, grad_scale = torch.zeros_like(masked), None, None
+        if gg_shortcut is not None:
+            passed = gg_shortcut.to(dtype)
+        if gg_branch is not None:
+            passed = passed + scale.to(dtype).reshape(()) * gg_branch.to(dtype)
+            grad_scale = (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
+        if gg_scale is not None:
+            gg_s = gg_scale.to(dtype).reshape(())
+            passed = passed + gg_s * branch.to(dtype)
+            grad_branch = (gg_s * masked).to(output.dtype)
+        blocked_side = 0 if gg_bias is None else per_channel(gg_bias, passed)
+        return torch.where(taken, blocked_side, passed).to(output.dtype), None, grad_branch, None, grad_scale

@@ -265,3 +265,10 @@ def test_depth_must_be_six_n_plus_two(depth):
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be a positive int, got 0"):
         isonet_cifar(8, **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["width", "num_classes", "in_channels"])
+def test_sizes_that_nothing_could_hold_are_refused_by_name(name):
+    for size in (2**31, 2**63, 10**5000):
+        with pytest.raises(ValueError, match=rf"{name} must be below 2\*\*31"):
+            isonet_cifar(8, **{name: size})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from isonet_fast import ResidualSReLU, SharedScale, SReLU, reference
+from isonet_fast import ResidualSReLU, SharedScale, SReLU, functional, reference
 
 BEFORE = {  # the layer before, and an unbatched input of it
     0: (lambda c: nn.Linear(4, c), (4,)),
@@ -111,6 +111,10 @@ def test_an_infinite_initial_value_lets_everything_pass():
         (lambda: SReLU("8"), ValueError, "num_channels must be a positive int, got '8'"),
         (lambda: SReLU(0), ValueError, "num_channels must be a positive int, got 0"),
         (lambda: SReLU(2.5), ValueError, "num_channels must be a positive int, got 2.5"),
+        (lambda: SReLU(torch.ones(2)), ValueError, "num_channels must be a positive int, got tensor"),
+        (lambda: SReLU(2**63), ValueError, r"num_channels must be below 2\*\*63"),
+        (lambda: SReLU(10**5000), ValueError, r"num_channels must be below 2\*\*63"),
+        (lambda: SReLU(8, torch.nested.nested_tensor([torch.ones(1)])), TypeError, "init must be a real number"),
         (lambda: ResidualSReLU(None), ValueError, "num_channels must be a positive int, got None"),
         (lambda: SReLU(8, spatial_dims=4), ValueError, "spatial_dims must be None, 0, 1, 2 or 3, got 4"),
         (lambda: SReLU(8, spatial_dims="2"), ValueError, "spatial_dims must be None, 0, 1, 2 or 3, got '2'"),
@@ -127,3 +131,12 @@ def test_constructors_name_the_argument(make, error, message):
 def test_numpy_sizes():
     assert SReLU(numpy.int64(3)).srelu_bias.shape == (1, 3, 1, 1)
     assert SReLU(3, spatial_dims=numpy.int64(2))(torch.zeros(3, 4, 5)).shape == (3, 4, 5)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(0, 2), numpy.zeros(2)], ids=repr)
+def test_inplace_is_true_or_false(value):
+    x, bias = torch.randn(2, 3, 4), torch.zeros(3)
+    for call in (lambda: functional.srelu(x, bias, value), lambda: functional.residual_srelu(x, x, bias, None, value)):
+        with pytest.raises(TypeError, match="^inplace must be True or False, got "):
+            call()
+    assert torch.equal(functional.srelu(x.clone(), bias, numpy.True_), functional.srelu(x, bias))

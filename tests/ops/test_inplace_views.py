@@ -94,6 +94,18 @@ def test_over_a_view_compiled(f):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def test_over_a_view_that_is_given_to_compiled_code():
+    """What the view is of, the graph does not know."""
+    base, bias, shortcut = torch.randn(4, 6, 5), torch.zeros(6), torch.randn(3, 6, 5)
+    expected = torch.maximum(shortcut + base[1:], torch.zeros(()))
+    leaf = base.clone().requires_grad_()
+    x = (leaf * 1)[1:]
+    y = torch.compile(join, backend="aot_eager", fullgraph=True)(shortcut, x, bias)
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(y, expected) and torch.equal(x, expected)
+    assert torch.equal(grad[1:], (expected > 0).float()) and not grad[0].any()
+
+
 def test_the_shortcut_itself_as_the_branch():
     """Overlapping wholly, as in x += x."""
     same = lambda f: lambda shortcut, x, bias: f(x, x, bias)

@@ -180,3 +180,25 @@ def test_errors_name_the_argument(device):
     with pytest.raises(ValueError, match="leaf that requires grad"):
         join(x.clone(), x.requires_grad_(), bias, inplace=True)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("where", ["branch", "scale", "gradient"])
+@pytest.mark.parametrize("wanted", [("branch", "scale"), ("shortcut",)], ids="+".join)
+def test_second_derivatives_where_something_is_not_finite(where, wanted, device):
+    """A gradient that nobody asked for is no zero: times NaN or infinity it would be NaN."""
+    results = []
+    for f in (functional.residual_srelu, reference.residual_srelu):
+        leaves = {
+            name: torch.tensor([[1.0, 2.0]], device=device, dtype=torch.double) for name in ("shortcut", "branch")
+        }
+        leaves |= {"bias": torch.zeros(2, device=device).double(), "scale": torch.ones(1, device=device).double()}
+        gradient = torch.ones(1, 2, device=device, dtype=torch.double)
+        (leaves[where] if where in leaves else gradient).view(-1)[0] = torch.nan
+        for tensor in (*leaves.values(), gradient):
+            tensor.requires_grad_()
+        first = torch.autograd.grad(f(*leaves.values()), [leaves[n] for n in wanted], gradient, create_graph=True)
+        everything = [*leaves.values(), gradient]
+        second = torch.autograd.grad(first, everything, [torch.ones_like(t) for t in first], allow_unused=True)
+        results.append([torch.zeros_like(t) if s is None else s for s, t in zip(second, everything, strict=True)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, equal_nan=True)
