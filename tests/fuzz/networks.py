@@ -264,10 +264,8 @@ def network(case: Case) -> None:
 def _results(net: nn.Module, x: Tensor, weights: Tensor, own: bool) -> list[Tensor]:
     kept = functional.srelu, functional.residual_srelu
     if not own:
-        functional.srelu = lambda x, bias, inplace=False: reference.srelu(x, bias)
-        functional.residual_srelu = lambda a, b, bias, scale=None, inplace=False: reference.residual_srelu(
-            a, b, bias, scale
-        )
+        functional.srelu = lambda x, bias, *how: reference.srelu(x, bias)
+        functional.residual_srelu = lambda a, b, bias, scale, *how: reference.residual_srelu(a, b, bias, scale)
     try:
         logits = net(x)
     finally:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isonet_fast import ResidualSReLU, SReLU, functional, reference
 
@@ -16,6 +17,7 @@ from .check import accepted, accurate, attempt, refused, same_bits
 from .tensors import Arrangement
 
 Values = dict[str, Tensor]
+ORDERS = 16  # in which plain PyTorch sums, where the first comes out too well by luck
 COMPILED_ODDS = 1500  # a compilation takes as long as hundreds of calls
 
 
@@ -63,18 +65,24 @@ class Trial:
         self.target = "branch" if join else "x"  # what an in-place call writes over
         self._operands()
         self.inplace = case.flag("inplace", 3)
+        self.layer = case.flag("layer", 4) and case.made["bias form"] == "1C11"
+        self.named = case.flag("spatial_dims")  # the number of dimensions behind C
+        self.unbatched = self.named and self.shape[0] == 1 and case.flag("unbatched")
         self.computed = not case.flag("from a leaf", 4)
-        self.mode = case.choose("mode", ("grad",) * 8 + ("no_grad", "inference"))
-        self.observe_base = self.inplace and case.flag("observe the base")
+        self.mode = case.choose("mode", ("grad",) * 12 + ("no_grad", "inference", "inference tensors"))
+        self.writes = self.inplace and self.leaves.get(self.target, self.leaves.get("shortcut")).dtype == self.dtype
+        self.observe_base = self.writes and case.flag("observe the base")
         self.double = self.mode == "grad" and case.flag("double backward", 3)
-        self.needs = [n for n in self.leaves if not case.flag(f"{n} frozen", 4)]
+        frozen = {n for n in self.leaves if case.flag(f"{n} frozen", 4)}
+        self.needs = [] if self.mode == "inference tensors" else [n for n in self.leaves if n not in frozen]
 
     def _operands(self) -> None:
         if self.join:
             alias = self.case.choose("alias", ("none",) * 8 + ("same", "overlap"))
             if alias == "none":
                 self._add("shortcut", tensors.layout(self.case, "shortcut", self.shape))
-                self._add("branch", tensors.layout(self.case, "branch", self.shape))
+                self._add("branch", tensors.layout(self.case, "branch", self.shape), mixed=True)
+                self.dtype = torch.promote_types(self.dtype, self.leaves["branch"].dtype)
             else:
                 self._add_aliases(alias)
         else:
@@ -89,6 +97,8 @@ class Trial:
         if mixed:
             chosen = self.case.choose(f"{name} dtype", ("same", "same", "same", "float32", *tensors.FLOATS))
             dtype = dtype if chosen == "same" else getattr(torch, chosen)
+        if self.case.made.get("bias form") == "expanded" and dtype.itemsize == 2:
+            dtype = torch.float32  # the sum of gradients that were rounded before is a matter of luck
         leaf = tensors.values(self.kind, arrangement.shape, dtype)
         self.leaves[name] = tensors.sprinkle(self.case, name, leaf)
         self.views[name] = arrangement.view
@@ -121,21 +131,27 @@ class Trial:
 
     def expectation(self, operands: Values, base: Tensor) -> tuple[str, set[str]]:
         """("right" | "refused" | "either", the arguments that the error may name)."""
-        if not self.inplace:
+        if self.layer and not self.named and len(self.shape) == 3 and self.shape[0] == self.shape[1]:
+            return "refused", {"spatial_dims", "inplace"}  # (N, C, L) or (C, H, W)
+        if self.inplace and "scale" in operands:
+            return "refused", {"inplace", self.target}
+        if not self.writes:
             return "right", set()
         target = operands[self.target]
-        names = {"inplace", self.target}
-        if "scale" in operands:
-            return "refused", names
+        names = {"inplace", self.target, "bias"}
         grows = self.mode == "grad" and bool(self.needs)  # autograd would note the change
         leaf_name = self.target if self.target in self.leaves else "shortcut"
         if not target.numel():
             return "either", names
+        if self.mode == "inference tensors":
+            return "refused", names
+        layout = self.case.made.get(f"{leaf_name} layout")
+        if layout == "no_grad":
+            return ("refused" if "bias" in self.needs and self.mode == "grad" and self.computed else "either"), names
         if self.mode == "grad" and not self.computed and leaf_name in self.needs and _shows(target, base):
             return "refused", names
         if torch.unique(_cells(target)).numel() < target.numel():
             return "refused", names  # elements share memory
-        layout = self.case.made.get(f"{leaf_name} layout")
         if layout in tensors.SEVERAL_VIEWS and grows:
             return ("refused" if leaf_name in self.needs else "either"), names
         return ("right" if self.alias == "none" else "either"), names
@@ -165,52 +181,61 @@ class Trial:
         graphs = [(found[name], seconds[name]) for name in found if name in seconds and found[name].requires_grad]
         if not graphs:
             return {}
-        upstream = [weight.to(first.dtype) for first, weight in graphs]
-        grads = torch.autograd.grad([f for f, _ in graphs], list(wanted.values()), upstream, allow_unused=True)
+        results, upstream = zip(*graphs, strict=True)
+        grads = torch.autograd.grad(results, list(wanted.values()), upstream, allow_unused=True)
         return {f"dd {name}": _or_zeros(d, leaf) for (name, leaf), d in zip(wanted.items(), grads, strict=True)}
 
-    def specified(self, turn: tuple[int, ...] = ()) -> Callable[[Values], Tensor]:
-        """The reference as a program; `turn` reverses dimensions on the way, so that sums run in another order."""
+    def specified(self, order: int = 0) -> Callable[[Values], Tensor]:
+        """The reference as a program; orders other than 0 shuffle elements on the way, so that sums run differently."""
         function = reference.residual_srelu if self.join else reference.srelu
 
         def call(operands: Values) -> Tensor:
             target = operands[self.target]
-            turned = [t.flip(turn) if t.shape == target.shape and t.dim() > 1 else t for t in operands.values()]
-            if not self.inplace:
-                return function(*turned).flip(turn)
-            result = function(*(t.clone() for t in turned)).flip(turn)
-            return target.copy_(result)
+            there, back = _shuffles(target.shape, order)
+            wide = torch.promote_types(target.dtype, next(iter(operands.values())).dtype)
+            big = ("x", "shortcut", "branch")
+            shuffled = [there(t.to(wide)) if name in big else t for name, t in operands.items()]
+            if not self.writes:
+                return back(function(*shuffled))
+            return target.copy_(back(function(*(t.clone() for t in shuffled))))
 
         return call
 
-    def ours(self) -> Callable[..., Tensor]:
-        via = self.case.choose("via", ["functional"] * 6 + ["layer"] * 2)
-        if via == "layer" and self.leaves["bias"].dim() == 4 and self.case.made["bias form"] == "1C11":
-            return self._layer()
+    def ours(self) -> Callable[[Values], Tensor]:
+        """The functional or the layer, of a batch or of its only element."""
         function = functional.residual_srelu if self.join else functional.srelu
-        return lambda operands: function(*operands.values(), inplace=self.inplace)
-
-    def _layer(self) -> Callable[[Values], Tensor]:
-        """The layer with the operand in its parameter's place."""
-        layer = (ResidualSReLU if self.join else SReLU)(max(1, self.shape[1]), inplace=self.inplace)
-        layer.__dict__["_parameters"] = {}
+        settings: dict[str, Any] = {"spatial_dims": len(self.shape) - 2} if self.named else {}
+        layer = self._layer(settings) if self.layer else None
 
         def call(operands: Values) -> Tensor:
-            layer.__dict__["srelu_bias"] = operands["bias"]
-            return layer(*(t for name, t in operands.items() if name != "bias"))
+            full = operands[self.target].shape
+            values = [t.squeeze(0) if self.unbatched and t.shape == full else t for t in operands.values()]
+            if layer is None:
+                output = function(*values, inplace=self.inplace, **settings)
+            else:
+                layer.__dict__["srelu_bias"] = operands["bias"]
+                output = layer(*(t for name, t in zip(operands, values, strict=True) if name != "bias"))
+            return output.unsqueeze(0) if self.unbatched else output
 
         return call
+
+    def _layer(self, settings: dict[str, Any]) -> nn.Module:
+        """Without its parameter: the operand takes its place."""
+        layer = (ResidualSReLU if self.join else SReLU)(max(1, self.shape[1]), inplace=self.inplace, **settings)
+        layer.__dict__["_parameters"] = {}
+        return layer
 
     # The check
 
     def run(self) -> None:
-        mode = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}[self.mode]
-        with mode():
+        modes = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+        with modes.get(self.mode, nullcontext)():
             self._run()
 
     def _run(self) -> None:
-        leaves = {name: leaf.clone().requires_grad_(name in self.needs) for name, leaf in self.leaves.items()}
-        operands, base = self.operands(leaves)
+        with torch.inference_mode() if self.mode == "inference tensors" else nullcontext():
+            leaves = {name: leaf.clone().requires_grad_(name in self.needs) for name, leaf in self.leaves.items()}
+            operands, base = self.operands(leaves)
         kept = {name: operand.detach().clone() for name, operand in operands.items()}
         whole = base.detach().clone()
         expected, names = self.expectation(operands, base)
@@ -228,7 +253,7 @@ class Trial:
             same_bits("the base of a refused argument", base.detach(), whole)
             return
         self._check_operands(operands, kept, output)
-        if self.inplace:
+        if self.writes:
             self._check_surroundings(operands[self.target], base, whole)
         self._check_values(base if self.observe_base else output, leaves)
 
@@ -241,9 +266,9 @@ class Trial:
         if output.dtype != self.dtype:
             raise Failure("wrong dtype", f"output is {output.dtype}, operands are {self.dtype}")
         for name, operand in operands.items():
-            if not self.inplace or (name != self.target and self.alias == "none"):
+            if not self.writes or (name != self.target and self.alias == "none"):
                 same_bits(name, operand.detach(), kept[name])
-        if self.inplace:
+        if self.writes:
             same_bits("the argument written over", target.detach(), output.detach())
 
     def _check_surroundings(self, target: Tensor, base: Tensor, before: Tensor) -> None:
@@ -264,11 +289,10 @@ class Trial:
         plain: list[Values] = []
 
         def values(name: str) -> Iterator[Tensor]:
-            turns = [(), (0,), (-1,), (0, -1)] if len(self.shape) > 2 else [(), (0,)]
-            for n, turn in enumerate(turns):
-                if n == len(plain):
-                    plain.append(self.program(self.specified(turn), self.leaves, grad, seconds))
-                yield plain[n].get(name, torch.zeros(()))
+            for order in range(ORDERS):
+                if order == len(plain):
+                    plain.append(self.program(self.specified(order), self.leaves, grad, seconds))
+                yield plain[order].get(name, torch.zeros(()))
 
         for name in {**found, **expected}:
             for one, other in ((found, expected), (expected, found)):
@@ -293,7 +317,10 @@ class Trial:
             grad = grad.masked_fill(doubtful, 0) if _overlaps(grad) else grad.masked_fill_(doubtful, 0)
         seconds = {}
         if self.double:
-            seconds = {f"d {n}": tensors.values(self.kind, tuple(self.leaves[n].shape), self.dtype) for n in self.needs}
+            seconds = {
+                f"d {n}": tensors.values(self.kind, tuple(self.leaves[n].shape), self.leaves[n].dtype)
+                for n in self.needs
+            }
         return grad, seconds, doubtful
 
     def _doubtful(self, exact: Values, output: Tensor) -> Tensor | None:
@@ -312,6 +339,23 @@ class Trial:
             operands, base = self.operands(marks)
             operands[self.target].copy_(doubtful)
             return base.bool()
+
+
+def _shuffles(shape: torch.Size, order: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A permutation of the batch and of the last dimension, and its inverse; the first order is as it is."""
+    if order == 0:
+        return (lambda t: t), (lambda t: t)
+    generator = torch.Generator().manual_seed(order)
+    dims = {0: torch.randperm(shape[0], generator=generator)}
+    if len(shape) > 2:
+        dims[len(shape) - 1] = torch.randperm(shape[-1], generator=generator)
+
+    def shuffle(tensor: Tensor, inverse: bool = False) -> Tensor:
+        for dim, permutation in dims.items():
+            tensor = tensor.index_select(dim, permutation.argsort() if inverse else permutation)
+        return tensor
+
+    return shuffle, lambda t: shuffle(t, inverse=True)
 
 
 def _shows(view: Tensor, base: Tensor) -> bool:

@@ -96,6 +96,20 @@ def _unbound(s: Shape) -> Arrangement:
     return Arrangement((2, *s), lambda t: t.unbind(0)[1])
 
 
+def _negative(s: Shape) -> Arrangement:
+    """A tensor with PyTorch's negative bit, where the dtype has a complex one."""
+    return Arrangement(s, lambda t: torch.complex(torch.zeros_like(t), -t).conj().imag if t.dtype in COMPLEX else t * 1)
+
+
+def _made_under_no_grad(s: Shape) -> Arrangement:
+    @torch.no_grad()
+    def view(leaf: Tensor) -> Tensor:
+        return leaf[1:]
+
+    return Arrangement((s[0] + 1, *s[1:]), view)
+
+
+COMPLEX = (torch.float32, torch.float64)
 LAYOUTS: dict[str, Callable[[Shape], Arrangement]] = {
     "contiguous": _contiguous,
     "channels last": _channels_last,
@@ -115,6 +129,8 @@ LAYOUTS: dict[str, Callable[[Shape], Arrangement]] = {
     "windows": _windows,
     "chunk": _chunk,
     "unbind": _unbound,
+    "negative": _negative,
+    "no_grad": _made_under_no_grad,
 }
 SEVERAL_VIEWS = ("chunk", "unbind")  # one call made several views: autograd refuses to change one of them in place
 SHARING = ("expanded", "expanded batch", "windows")  # elements may share memory

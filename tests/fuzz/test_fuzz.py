@@ -33,7 +33,7 @@ def one_thread():
 @pytest.mark.parametrize("part", range(PARTS))
 def test_twenty_thousand_trials_without_a_failure(part: int) -> None:
     numbers = range(part * 20_000 // PARTS, (part + 1) * 20_000 // PARTS)
-    calls, found = search(0, numbers, only=[kind for kind in TRIALS if "srelu" not in kind and kind != "arguments"])
+    calls, found = search(0, numbers)
     assert found is None, found.told()
     assert calls == 20_000 // PARTS
 
@@ -81,7 +81,7 @@ FAULTS = [
         "backward",
         lambda right: staticmethod(scaled(right, 1.001, 2)),
     ),
-    Fault("in place over a leaf", "srelu", functional, "check_writable", lambda right: lambda name, x: None),
+    Fault("in place over a leaf", "srelu", functional, "may_write", lambda right: lambda *arguments: True),
     Fault("an interval that is ignored", "regularizer", OrthoRegularizer, "_due", lambda right: lambda self: True),
     Fault(
         "a delta without its stride", "delta_", init, "delta_", lambda right: lambda w, groups, stride: right(w, groups)
