@@ -43,6 +43,8 @@ def srelu(
 
     In transforms of torch.func and in forward-mode AD the reference's formulas are computed. torch.export and
     torch.jit.trace record a maximum: a graph that is trained afterwards divides the gradient of a tie in two.
+    torch.compile refuses a second backward through any compiled network. A gradient penalty (R1) is compiled as a
+    whole instead, its inner gradient by torch.func: `torch.compile(lambda x: grad(lambda x: net(x).sum())(x)...)`.
 
     Raises TypeError for what is no dense tensor of these dtypes; ValueError for a shape without C channels, a bias on
     another device, and for `inplace`, before the data change: on a leaf that requires grad, on an inference tensor, on
