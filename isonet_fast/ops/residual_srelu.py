@@ -82,13 +82,8 @@ def scaled_gradients(
         grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
         return grad_shortcut, grad_branch, grad_bias, grad_scale
     if torch.is_grad_enabled():
-<<<<<<< HEAD
-        return ResidualSReLUBackward.apply(grad_output, output, branch, bias, scale)
-    return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
-=======
         return ResidualSReLUBackward.apply(grad_output, output.detach(), branch, bias, scale)  # see `gradients`
-    return ops.residual_srelu_backward(grad_output, output, branch, bias, scale)
->>>>>>> 8bd8371 (What random trials found: NaN in second derivatives, views given to compiled code)
+    return ops.residual_srelu_backward.default(grad_output, output, branch, bias, scale)
 
 
 class ResidualSReLU(torch.autograd.Function):

@@ -82,13 +82,8 @@ def gradients(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor
     if torch._C._are_functorch_transforms_active():  # is_grads_batched
         return standard_gradients(grad_output, output, bias)
     if torch.is_grad_enabled():
-<<<<<<< HEAD
-        return SReLUBackward.apply(grad_output, output, bias)
-    return ops.srelu_backward.default(grad_output, output, bias)
-=======
         return SReLUBackward.apply(grad_output, output.detach(), bias)  # the mask has no derivative
-    return ops.srelu_backward(grad_output, output, bias)
->>>>>>> 8bd8371 (What random trials found: NaN in second derivatives, views given to compiled code)
+    return ops.srelu_backward.default(grad_output, output, bias)
 
 
 class SReLU(torch.autograd.Function):
