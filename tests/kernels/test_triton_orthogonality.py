@@ -181,7 +181,7 @@ def test_whole_tiles_are_stored_in_vectors(shapes, layout, paths, device):
         kernels.accumulate_grad_(weights, again, problem, 0.5)
         kernels.accumulate_grad_(weights, grads, problem, 0.5)
         assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
-        assert tables._views["add"].table.tensor[:, path].tolist() == chosen
+        assert tables._views["add"][0].table.tensor[:, path].tolist() == chosen
         for weight, layer, grad in zip(weights, layers, grads, strict=True):
             assert relative(2 * (grad - 1), expected(weight, layer)[1]) <= GRADIENT[None]
 
@@ -308,6 +308,24 @@ def test_notices_a_weight_that_moved(device):
     for w in weights:
         w.fill_(float("nan"))
     assert torch.equal(kernels.forward(moved, problem, False)[0], loss)
+
+
+def test_gradients_that_alternate_between_places_are_described_once(device, monkeypatch):
+    """Described anew, they would cost 99 layers 165 microseconds of the host at every call."""
+    from isonet_fast.kernels import orthogonality as kernels
+    from isonet_fast.kernels.tables import Tables
+
+    layers, weights = make(CASES["1-d"][:2], device)
+    problem = Problem(layers, (1.0, 1.0))
+    places = [[torch.zeros_like(w) for w in weights] for _ in range(4)]
+    for grads in places:
+        kernels.accumulate_grad_(weights, grads, problem, 1.0)
+    monkeypatch.setattr(Tables, "_placed", None)
+    for grads in places:
+        kernels.accumulate_grad_(weights, grads, problem, 1.0)
+    for grads in places:
+        for weight, layer, grad in zip(weights, layers, grads, strict=True):
+            assert relative(grad / 2, expected(weight, layer)[1]) <= GRADIENT[None]
 
 
 def test_reads_nothing_that_was_not_written(device, monkeypatch):
