@@ -23,6 +23,7 @@ from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad
 from .runs import append_runs
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
+MULTIPROCESSORS = 132  # of an H100 or H200
 L2_BYTES = 30 << 20  # of an H100's 50 MB: half of it may belong to the other half of the chip
 
 
@@ -64,7 +65,7 @@ class Plan:
         self.variant = VARIANTS[variant]
         self.packed = lay_out(problem)
         self.planes_shape, self.residual_shape = shapes(problem)
-        self._gram_tile = [self._choose_gram(p) for p in self.packed]
+        self._gram_tile = self._choose_gram(shared=problem.share[1] > 1)
         self._grad_tile = self._choose_grad()
         # longest layers first, so that short ones fill the tail; a layer stays together, so that it stays in L2
         self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
@@ -95,8 +96,29 @@ class Plan:
         """Kernel launches of a loss, and of the gradient that follows it."""
         return {"loss": 2 + len(self.gram_tiles), "gradient": len(self.grad_tiles)}
 
-    def _choose_gram(self, p: Packed) -> GramTile:
-        return next(g for g in self.variant.gram if p.wide or g.block == ROW_BLOCK)
+    def _choose_gram(self, shared: bool) -> list[GramTile]:
+        """The largest tile that fits each layer. Of a share of the work, where one tile can take longer than all do
+        together, the smallest if that ends earlier."""
+        tiles = self.variant.gram
+        largest = [next(g for g in tiles if p.wide or g.block == ROW_BLOCK) for p in self.packed]
+        smallest = [tiles[-1]] * len(largest)
+        if shared and self._gram_time(smallest) < 0.8 * self._gram_time(largest):
+            return smallest
+        return largest
+
+    def _gram_time(self, tiles: list[GramTile]) -> float:
+        """Multiply-adds until the gram launches end, weighted with what they cost."""
+        time = 0.0
+        for tile in set(tiles):
+            longest = total = 0.0
+            for p in (p for p, chosen in zip(self.packed, tiles, strict=True) if chosen == tile):
+                side = ceil(p.rows, tile.block)
+                for t in p.offsets:
+                    one = p.layer.overlap(t) * pad(p.columns, 64) * tile.block**2 * tile.cost
+                    longest = max(longest, one)
+                    total += one * p.blocks * (side**2 if any(t) else side * (side + 1) // 2)
+            time += max(longest, total / MULTIPROCESSORS)
+        return time
 
     def _choose_grad(self) -> list[GradTile]:
         """The tile of least work for each layer; one for all where a second launch would save less than it costs."""

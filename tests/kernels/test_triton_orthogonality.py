@@ -282,6 +282,23 @@ def test_shards_add_up(count, device):
         assert relative(grad, coefficient * wanted) <= GRADIENT[None]
 
 
+def test_small_tiles_of_a_layer_that_is_laid_out_for_large_ones(device):
+    """As a rank takes them whose share is short."""
+    from isonet_fast.kernels import orthogonality as kernels
+
+    layers, weights = make([((128, 128, 2), 1, 1, 1, "isonet")], device)
+    loss, total = 0.0, torch.zeros(weights[0].shape, dtype=torch.float64)
+    for rank in range(2):
+        problem = Problem(layers, (1.0,), None, (rank, 2))
+        _, part, saved = kernels.forward(weights, problem, True)
+        loss += part.double().cpu()
+        total += kernels.backward(torch.ones((), device=device), saved, weights, problem)[0].double().cpu()
+        plan = kernels.tables_of(problem, weights[0].device).plan
+        assert plan.packed[0].wide and [tile.block for tile in plan.gram_tiles] == [64]
+    wanted, gradient = expected(weights[0], layers[0])
+    assert abs(loss.item() - wanted) <= LOSS[None] * wanted and relative(total, gradient) <= GRADIENT[None]
+
+
 def test_two_forwards_before_a_backward_and_same_bits(device):
     from isonet_fast.kernels import orthogonality as kernels
 

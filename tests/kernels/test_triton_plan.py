@@ -179,6 +179,15 @@ def test_the_last_layers_are_those_that_the_cache_holds():
     assert order(table, steps, {7: 1, 3: 1, 5: 3 * size})["layer"].tolist() == [7, 7, 3, 3, 5, 5]
 
 
+def test_a_share_that_one_large_tile_would_prolong_takes_small_ones():
+    """Of 64 ranks, one has little more than t = 0 of a 512-channel layer: ten large tiles, or 36 of half the time."""
+    layers = network(50, False)
+    for rank in range(0, 64, 21):
+        shared = planning.Plan(Problem(layers, (1.0,) * len(layers), None, (rank, 64)), "tma")
+        assert list(shared.gram_tiles) == [shared.variant.gram[-1]]
+    assert list(make(layers).gram_tiles) == [make(layers).variant.gram[0]]
+
+
 def test_a_second_launch_of_gradient_tiles_must_pay():
     """In the published networks small tiles would save 1 to 2 % of the work, less than their launch."""
     for depth in BLOCKS:
