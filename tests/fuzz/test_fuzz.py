@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,12 +17,13 @@ import torch
 from isonet_fast import OrthoRegularizer, diagnostics, functional, init
 from isonet_fast.ops import orthogonality, residual_srelu, srelu
 
-from . import __main__ as program
 from .case import Case, Failure
 from .search import search
 from .trials import TRIALS
+from .watch import Watch
 
 PARTS = 4
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -154,11 +158,12 @@ def test_a_failure_and_a_crash_end_the_program_with_1(
     work: Callable, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = argparse.Namespace(seed=5, first=0, workers=1, calls=0, seconds=60.0, only=[])
-    assert program.Watch(args, work).run() == 1
+    assert Watch(args, work).run() == 1
     assert told in capsys.readouterr().out
 
 
-def test_the_program_makes_the_calls_that_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main(["--calls", "21", "--seed", "3", "--workers", "2", "--only", "delta_"]) == 0
-    out = capsys.readouterr().out
-    assert "seed 3" in out and " 21 calls" in out and "no failure" in out
+def test_the_program_makes_the_calls_that_it_is_asked_for() -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--calls", "21", "--seed", "3", "--workers", "2", "--only", "delta_"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "seed 3" in ended.stdout and " 21 calls" in ended.stdout and "no failure" in ended.stdout
