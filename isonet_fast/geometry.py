@@ -156,12 +156,12 @@ class Layer:
     @property
     def periods(self) -> tuple[int, ...]:
         """m_i: how many taps of one phase there are at most. G_t vanishes where |t_i| / steps_i >= m_i."""
-        return tuple(-(-k // p) for k, p in zip(self.kernel, self.phases, strict=True))
+        return tuple(-(-k // max(p, 1)) for k, p in zip(self.kernel, self.phases, strict=True))
 
     @property
     def grid(self) -> tuple[int, ...]:
         """n_i = 2 m_i - 1: so many frequencies per dimension hold the support of G without wrapping."""
-        return tuple(2 * m - 1 for m in self.periods)
+        return tuple(max(0, 2 * m - 1) for m in self.periods)
 
     @cached_property
     def frequencies(self) -> tuple[Frequency, ...]:
@@ -182,7 +182,7 @@ class Layer:
 
     def units(self, form: str) -> tuple[tuple[int, ...], ...]:
         """Offsets or frequencies: what can be computed apart, and adds up."""
-        return {"overlap": self.offsets, "frequency": self.frequencies}[form]
+        return self.offsets if form == "overlap" else self.frequencies
 
     def work(self, form: str, unit: tuple[int, ...], gradient: bool = True) -> int:
         """Multiplications of one unit's penalty, and of its gradient, in the closed form, as ops/overlap_form.py and

@@ -115,6 +115,13 @@ def test_the_form_with_fewer_multiplications_is_taken(layer, form):
     assert fewer or form == "overlap"
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_kernel_without_taps_has_nothing_to_compute(form):
+    layer = layer_of((8, 4, 0, 3))
+    assert layer.units(form) == () and layer.form == "overlap"
+    assert functional.orthogonality_loss([torch.empty(8, 4, 0, 3), torch.eye(3)]) == 0
+
+
 @pytest.mark.parametrize("scratch", [1, 3000, 2**21])
 def test_slices_of_the_frequencies_add_up(scratch, monkeypatch):
     """Whatever fits, and no tensor is larger than the scratch memory that a slice may take."""
