@@ -37,6 +37,13 @@ def convert(model: nn.Module) -> nn.Module:
 
     An official-style SReLU is a module of a class named SReLU with one parameter, `srelu_bias`, and one child, the ReLU
     `srelu_relu`. Raises TypeError for something that is no module.
+
+    Examples:
+        >>> isonet_fast.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        Sequential(
+          (0): OrthoConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), penalty='isonet')
+          (1): ReLU()
+        )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -38,6 +38,13 @@ def deconvert(model: nn.Module) -> nn.Module:
     Left as they are, and listed in one warning of the logger `isonet_fast.deconvert`: subclasses of our classes, whose
     own code needs this package, parametrized layers, and networks compiled by torch.compile or TorchScript. Raises
     TypeError for something that is no module.
+
+    Examples:
+        >>> isonet_fast.deconvert(nn.Sequential(isonet_fast.OrthoConv2d(3, 8, 3), nn.ReLU()))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+        )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -51,6 +51,12 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
     ignores it. Raises TypeError for another module, for a weight that is parametrized, lazy, sparse, complex or without
     values, and for sizes that are no ints, ValueError for a size that does not fit.
+
+    Examples:
+        >>> conv = isonet_fast.OrthoConv2d(2, 2, 3)
+        >>> conv.weight.data *= 3
+        >>> isonet_fast.diagnostics.singular_values(conv, input_size=4).unique()
+        tensor([3.], dtype=torch.float64)
     """
     weight = weight_of(conv) if isinstance(conv, KINDS) else None
     if weight is None:
@@ -152,6 +158,12 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
 
     Raises TypeError for a model that is no module and for sizes that are no ints, ValueError for a model with lazy
     layers that have no shape yet and for an input that it does not take.
+
+    Examples:
+        >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8))
+        >>> print(isonet_fast.diagnostics.isometry_report(net, input_size=(4, 8, 8)))
+        layer                    weight             grid      smallest    median   largest    penalty  isometry
+        0                        8x4x3x3            8x8         1.0000    1.0000    1.0000          0  columns
     """
     from tqdm import tqdm  # the package itself needs nothing but PyTorch
 

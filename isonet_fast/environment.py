@@ -33,7 +33,15 @@ def describe() -> dict[str, str]:
 
 
 def info() -> None:
-    """Print which implementation serves each op on this machine, and why, after probing a real launch."""
+    """Print which implementation serves each op on this machine, and why, after probing a real launch.
+
+    Examples:
+        >>> isonet_fast.info()
+        isonet_fast ...
+        python ...
+        torch ...
+        orthogonality_loss on ...
+    """
     rows = describe()
     width = max(map(len, rows))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows.items()))

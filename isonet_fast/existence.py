@@ -31,6 +31,11 @@ def isometry(layer: Layer, transposed: bool = False) -> str:
 
     transposed: the layer is the adjoint operator of that convolution. Its rows are columns, and it writes what the
     other reads.
+
+    Examples:
+        >>> layer = isonet_fast.geometry.Layer((64, 32, 3, 3), (2, 2), (1, 1), groups=1, penalty="isonet")
+        >>> isonet_fast.existence.isometry(layer)
+        'rows, needs lorth'
     """
     lorth = replace(layer, penalty="lorth")
     outputs, inputs = layer.shape[0] // layer.groups, layer.shape[1]

@@ -49,6 +49,11 @@ def srelu(
     Raises TypeError for what is no dense tensor of these dtypes; ValueError for a shape without C channels, a bias on
     another device, and for `inplace`, before the data change: on a leaf that requires grad, on an inference tensor, on
     elements that share memory, and on views whose change autograd cannot record (of chunk and unbind, of no_grad).
+
+    Examples:
+        >>> x = torch.tensor([[-2.0, 0.5]])
+        >>> isonet_fast.functional.srelu(x, bias=torch.tensor([-1.0, 0.0]))
+        tensor([[-1.0000,  0.5000]])
     """
     if has_torch_function_variadic(x, bias):
         return handle_torch_function(srelu, (x, bias), x, bias, inplace, spatial_dims)
@@ -94,6 +99,12 @@ def residual_srelu(
 
     Raises as `srelu` does; ValueError where shortcut and branch differ in shape or device, where they overlap partly
     and `inplace` is given, and for a scale of more than one value.
+
+    Examples:
+        >>> shortcut, branch = torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])
+        >>> bias, scale = torch.tensor([-1.0, -1.0]), torch.tensor(0.5)
+        >>> isonet_fast.functional.residual_srelu(shortcut, branch, bias, scale)
+        tensor([[ 2., -1.]])
     """
     tensors = (shortcut, branch, bias) if scale is None else (shortcut, branch, bias, scale)
     if has_torch_function_variadic(*tensors):
@@ -169,6 +180,13 @@ def orthogonality_loss(
     Raises TypeError for something that is no tensor, a sparse or nested one, or an integer or complex dtype; ValueError
     for a rank outside 2 to 5, an unknown penalty or precision, groups that do not divide the outputs, a stride or
     dilation that is no positive int or of the wrong length, lists of different lengths, weights on two devices.
+
+    Examples:
+        >>> linear, convolution = 2 * torch.eye(4), torch.zeros(8, 4, 3, 3)
+        >>> isonet_fast.functional.orthogonality_loss(linear)  # 1/2 || 4 I - I ||^2
+        tensor(18.)
+        >>> isonet_fast.functional.orthogonality_loss([linear, convolution], stride=[1, 2], penalty="lorth")
+        tensor(22.)
     """
     weights = listed(weights)
     check_penalty(penalty)

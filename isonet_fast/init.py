@@ -21,6 +21,12 @@ def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> 
     layer is an isometry in the sense of the "lorth" penalty. Outputs that are left over start at 0.
 
     Raises as `functional.orthogonality_loss` does for rank, groups and stride.
+
+    Examples:
+        >>> isonet_fast.init.delta_(torch.empty(2, 1, 2)).tolist()
+        [[[0.0, 1.0]], [[0.0, 0.0]]]
+        >>> isonet_fast.init.delta_(torch.empty(2, 1, 2), stride=2).tolist()
+        [[[0.0, 1.0]], [[1.0, 0.0]]]
     """
     geometry = checked_layer(weight, stride, 1, groups, "lorth")
     cells = [_cell(k, s) for k, s in zip(geometry.kernel, geometry.stride, strict=True)]

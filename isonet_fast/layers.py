@@ -38,6 +38,11 @@ def official_filter(name: str, module: nn.Module) -> bool:
     """What the official network penalises: not a 7x7 kernel, not three input channels.
 
     A transposed convolution is judged by the convolution whose weight it shares, so three outputs leave it out.
+
+    Examples:
+        >>> stem, later = nn.Conv2d(3, 64, 7), nn.Conv2d(64, 64, 3)
+        >>> isonet_fast.layers.official_filter("stem", stem), isonet_fast.layers.official_filter("later", later)
+        (False, True)
     """
     return getattr(module, "kernel_size", None) != (7, 7) and (
         isinstance(module, nn.Linear) or module.get_parameter("weight").shape[1] != 3

@@ -19,6 +19,11 @@ def srelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Gradient: with m = not (y <= b), dx = g m and db = sum of g (1 - m): a tie belongs to b, and a NaN output
     passes its gradient to x. b is rounded to x's dtype once. (Qi et al., ICML 2020, section 3.2.)
+
+    Examples:
+        >>> x = torch.tensor([[-2.0, 0.5]])
+        >>> isonet_fast.reference.srelu(x, bias=torch.tensor([-1.0, 0.0]))
+        tensor([[-1.0000,  0.5000]])
     """
     b = bias.reshape(1, -1, *[1] * (x.dim() - 2)).to(x.dtype)
     y = torch.where(x <= b, b, x)  # every comparison with NaN is false: x is taken
@@ -29,6 +34,11 @@ def residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
     """y = srelu(shortcut + s * branch, b): the join of a residual block (Qi et al., section 3.4).
 
     The sum is formed in float32 (float64 for float64) and rounded to shortcut's dtype once. Without a scale s = 1.
+
+    Examples:
+        >>> shortcut, branch = torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])
+        >>> isonet_fast.reference.residual_srelu(shortcut, branch, bias=torch.tensor([-1.0, -1.0]))
+        tensor([[ 3., -1.]])
     """
     wide = torch.promote_types(shortcut.dtype, torch.float32)
     scaled = branch.to(wide) if scale is None else scale.reshape(()).to(wide) * branch.to(wide)
@@ -58,6 +68,13 @@ def orthogonality_loss(
 
     A list of weights takes lists of stride, dilation and groups too (an int or a tuple serves every weight). Raises
     ValueError for another penalty.
+
+    Examples:
+        >>> weight = torch.zeros(8, 4, 3, 3, dtype=torch.float64)
+        >>> isonet_fast.reference.orthogonality_loss(weight, stride=2, penalty="isonet")  # rows are the 4 inputs
+        tensor(2., dtype=torch.float64)
+        >>> isonet_fast.reference.orthogonality_loss(weight, stride=2, penalty="lorth")  # rows are the 8 outputs
+        tensor(4., dtype=torch.float64)
     """
     if penalty not in ("isonet", "lorth", "matrix"):
         raise ValueError(f"penalty must be 'isonet', 'lorth' or 'matrix', got {penalty!r}")

@@ -75,6 +75,15 @@ class OrthoRegularizer:
 
     Raises TypeError and ValueError for such arguments; at the first call ValueError for weights sharded otherwise, and
     RuntimeError if `fully_shard` came later.
+
+    Examples:
+        >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8))
+        >>> reg = isonet_fast.OrthoRegularizer(net, coeff=0.5)
+        >>> net[0].weight.data *= 2  # four singular values 2: 1/2 * 4 * (2^2 - 1)^2
+        >>> loss = net(torch.zeros(1, 4, 8, 8)).mean() + reg()
+        >>> loss.backward()
+        >>> reg.last
+        tensor(18.)
     """
 
     penalty: Penalty | None

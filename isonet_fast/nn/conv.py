@@ -62,7 +62,13 @@ class _Orthogonal:
 
 
 class OrthoConv1d(_Orthogonal, nn.Conv1d):
-    """nn.Conv1d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+    """nn.Conv1d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
+
+    Examples:
+        >>> conv = isonet_fast.OrthoConv1d(2, 2, 3, padding=1, bias=False)
+        >>> conv(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])).tolist()  # it starts as the identity
+        [[[1.0, 2.0], [3.0, 4.0]]]
+    """
 
     def __init__(
         self,
@@ -97,7 +103,15 @@ class OrthoConv1d(_Orthogonal, nn.Conv1d):
 
 
 class OrthoConv2d(_Orthogonal, nn.Conv2d):
-    """nn.Conv2d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+    """nn.Conv2d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
+
+    Examples:
+        >>> conv = isonet_fast.OrthoConv2d(4, 8, 3, stride=2, padding=1, penalty="lorth")
+        >>> conv(torch.zeros(1, 4, 6, 6)).shape
+        torch.Size([1, 8, 3, 3])
+        >>> conv.orthogonality_loss().item()
+        0.0
+    """
 
     def __init__(
         self,
@@ -132,7 +146,13 @@ class OrthoConv2d(_Orthogonal, nn.Conv2d):
 
 
 class OrthoConv3d(_Orthogonal, nn.Conv3d):
-    """nn.Conv3d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None."""
+    """nn.Conv3d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
+
+    Examples:
+        >>> conv, x = isonet_fast.OrthoConv3d(2, 2, 3, padding=1, groups=2), torch.rand(1, 2, 4, 4, 4)
+        >>> torch.equal(conv(x), x)  # it starts as the identity
+        True
+    """
 
     def __init__(
         self,
@@ -167,7 +187,12 @@ class OrthoConv3d(_Orthogonal, nn.Conv3d):
 
 
 class OrthoLinear(_Orthogonal, nn.Linear):
-    """nn.Linear that starts as the identity, with the penalty 1/2 ||W W^T - I||^2 on its smaller side."""
+    """nn.Linear that starts as the identity, with the penalty 1/2 ||W W^T - I||^2 on its smaller side.
+
+    Examples:
+        >>> isonet_fast.OrthoLinear(2, 3).weight.tolist()
+        [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
 
     def __init__(
         self,

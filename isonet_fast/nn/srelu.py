@@ -57,6 +57,11 @@ class SReLU(_ChannelBias):
 
     Raises TypeError or ValueError, with the argument's name, for channels below 1, an `init` that is no number, another
     `spatial_dims` and a dtype that `functional.srelu` does not take.
+
+    Examples:
+        >>> layer = isonet_fast.SReLU(2)
+        >>> layer(torch.tensor([[-2.0, 0.5]])).tolist()
+        [[-1.0, 0.5]]
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,6 +74,12 @@ class ResidualSReLU(_ChannelBias):
     State: `srelu_bias` (1, C, 1, 1). The scale s is an argument, for it belongs to the branch (`SharedScale.scale`).
     inplace=True lets y be written over the branch and needs a branch without a scale. Shapes, `spatial_dims` and errors
     as in `SReLU`.
+
+    Examples:
+        >>> join = isonet_fast.ResidualSReLU(2)
+        >>> shortcut, branch = torch.tensor([[1.0, -3.0]]), torch.tensor([[2.0, 0.5]])
+        >>> join(shortcut, branch, torch.tensor(0.5)).tolist()
+        [[2.0, -1.0]]
     """
 
     def forward(self, shortcut: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -77,7 +88,16 @@ class ResidualSReLU(_ChannelBias):
 
 
 class SharedScale(nn.Module):
-    """x -> s x with one learnable scalar per residual branch, initially `init`. State: `scale` (1, 1, 1, 1)."""
+    """x -> s x with one learnable scalar per residual branch, initially `init`. State: `scale` (1, 1, 1, 1).
+
+    Examples:
+        >>> scale, conv = isonet_fast.SharedScale(0.5), nn.Conv2d(1, 1, 1)
+        >>> scale(torch.tensor([4.0, 2.0])).tolist()
+        [2.0, 1.0]
+        >>> x = torch.rand(1, 1, 2, 2)
+        >>> torch.allclose(scale.fold(conv, x), scale(conv(x)))
+        True
+    """
 
     def __init__(self, init: float = 1.0, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
