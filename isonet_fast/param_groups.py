@@ -20,6 +20,12 @@ def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> l
 
     Raises TypeError for a model that is no module, and for an `lr` or a `weight_decay` that is no number; ValueError
     for a negative one.
+
+    Examples:
+        >>> net = nn.Sequential(isonet_fast.OrthoConv2d(3, 8, 3), isonet_fast.SReLU(8), isonet_fast.SharedScale())
+        >>> groups = isonet_fast.param_groups(net, lr=0.1, weight_decay=1e-4)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
+        [(2, 0.1, 0.0001), (1, 0.1, 0.0), (1, 0.01, 0.0001)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

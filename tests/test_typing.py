@@ -10,8 +10,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+from isonet_fast import reference
+from isonet_fast.geometry import PENALTIES, Penalty
 
 from .public_names import public_names
 
@@ -37,6 +41,12 @@ def test_the_right_file_uses_every_public_name() -> None:
     assert not [name for name in public_names() if not re.search(rf"\b{re.escape(name)}\(", used)]
 
 
+def test_the_types_name_every_penalty() -> None:
+    """The specification, which imports no other module, writes its own."""
+    written = get_type_hints(reference.orthogonality_loss)["penalty"]
+    assert get_args(Penalty) == get_args(written) == tuple(PENALTIES)
+
+
 @needs_mypy
 def test_mypy(tmp_path, pytestconfig) -> None:
     cache = pytestconfig.cache.mkdir("mypy")
@@ -56,3 +66,9 @@ def test_pyright(tmp_path) -> None:
     report = json.loads(run(tmp_path, "pyright", "--pythonpath", sys.executable, "--outputjson", "."))
     errors = {(Path(e["file"]).name, e["range"]["start"]["line"] + 1) for e in report["generalDiagnostics"]}
     assert errors == {(WRONG.name, line) for line in EXPECTED}
+
+
+@needs_pyright
+def test_nearly_every_public_symbol_has_a_known_type(tmp_path) -> None:
+    printed = run(tmp_path, "pyright", "--verifytypes", "isonet_fast", "--ignoreexternal", "--outputjson")
+    assert json.loads(printed)["typeCompleteness"]["completenessScore"] >= 0.95

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..nn import SharedScale
+from ..nn import OrthoConv2d, SharedScale, SharedShift
 from .ingredients import Ingredients
 
 
@@ -32,6 +32,18 @@ def end(conv: nn.Module, norm: nn.Module | None, scale: SharedScale | None, x: T
 class BasicBranch(nn.Module):
     """3x3 (strided), activation, 3x3. x_in, x_out: Fixup's shifts before and behind a convolution."""
 
+    a: OrthoConv2d
+    b: OrthoConv2d
+    a_bn: nn.BatchNorm2d | None
+    b_bn: nn.BatchNorm2d | None
+    a_relu: nn.Module
+    a_in: SharedShift | None
+    a_out: SharedShift | None
+    b_in: SharedShift | None
+    b_out: SharedShift | None
+    shared_scalar: SharedScale  # if `scaled`
+    scaled: bool
+
     def __init__(self, inputs: int, outputs: int, stride: int, made: Ingredients) -> None:
         super().__init__()
         self.a_in, self.a = made.shift(), made.conv(inputs, outputs, 3, stride)
@@ -51,6 +63,23 @@ class BasicBranch(nn.Module):
 
 class BottleneckBranch(nn.Module):
     """1x1, activation, 3x3 (strided), activation, 1x1, a quarter as wide inside. x_in, x_out: Fixup's shifts."""
+
+    a: OrthoConv2d
+    b: OrthoConv2d
+    c: OrthoConv2d
+    a_bn: nn.BatchNorm2d | None
+    b_bn: nn.BatchNorm2d | None
+    c_bn: nn.BatchNorm2d | None
+    a_relu: nn.Module
+    b_relu: nn.Module
+    a_in: SharedShift | None
+    a_out: SharedShift | None
+    b_in: SharedShift | None
+    b_out: SharedShift | None
+    c_in: SharedShift | None
+    c_out: SharedShift | None
+    shared_scalar: SharedScale  # if `scaled`
+    scaled: bool
 
     def __init__(self, inputs: int, outputs: int, stride: int, made: Ingredients) -> None:
         super().__init__()
@@ -76,6 +105,14 @@ class BottleneckBranch(nn.Module):
 
 class Block(nn.Module):
     """Plain: act(f(x)). Residual: act(shortcut(x) + f(x)), the shortcut a strided 1x1 where the shape changes."""
+
+    f: BasicBranch | BottleneckBranch
+    relu: nn.Module  # two arguments if `joins`: shortcut and branch
+    proj: OrthoConv2d | None
+    proj_in: SharedShift | None
+    bn: nn.BatchNorm2d | None
+    residual: bool
+    joins: bool
 
     def __init__(
         self,
@@ -119,6 +156,11 @@ def stage(
 
 class Head(nn.Module):
     """Average pooling, dropout (0: no such layer), linear classifier; Fixup's shift before it."""
+
+    avg_pool: nn.AdaptiveAvgPool2d
+    dropout: nn.Dropout | nn.Identity
+    fc_in: SharedShift | None
+    fc: nn.Linear
 
     def __init__(self, inputs: int, num_classes: int, dropout: float, made: Ingredients) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from ..nn import OrthoConv2d, SharedShift
 from .arguments import dropout_rate, integer, positive
 from .blocks import BasicBranch, Head, stage, through
 from .ingredients import Ingredients, Switches
@@ -14,6 +15,11 @@ from .network import Network
 
 class CifarStem(nn.Module):
     """3x3 convolution and activation, no pooling; never penalised whatever its input channels."""
+
+    conv: OrthoConv2d
+    bn: nn.BatchNorm2d | None
+    out: SharedShift | None
+    relu: nn.Module
 
     def __init__(self, inputs: int, outputs: int, made: Ingredients) -> None:
         super().__init__()
@@ -27,6 +33,12 @@ class CifarStem(nn.Module):
 
 class ISONetCifar(Network):
     """See `isonet_cifar`."""
+
+    stem: CifarStem
+    s1: nn.Sequential
+    s2: nn.Sequential
+    s3: nn.Sequential
+    head: Head
 
     def __init__(
         self,
@@ -45,7 +57,7 @@ class ISONetCifar(Network):
             raise ValueError(f"depth must be 6 n + 2 (8, 14, 20, ...), got {depth}")
         made, dropout = Ingredients(residual, **switches), dropout_rate(dropout, 0.0, "no such layer")
         blocks = (depth - 2) // 6
-        self.feature_channels = {"s1": width, "s2": 2 * width, "s3": 4 * width}
+        self.feature_channels: dict[str, int] = {"s1": width, "s2": 2 * width, "s3": 4 * width}
         self.stem = CifarStem(in_channels, width, made)
         self.s1 = stage(BasicBranch, width, width, 1, blocks, made)
         self.s2 = stage(BasicBranch, width, 2 * width, 2, blocks, made)
@@ -70,5 +82,12 @@ def isonet_cifar(
 
     Raises TypeError for an argument of another type; ValueError for another depth, for a width, classes or channels
     below 1, and for a dropout outside [0, 1).
+
+    Examples:
+        >>> net = isonet_fast.models.isonet_cifar(8, residual=True, width=4)
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> {name: tuple(x.shape) for name, x in net.features(torch.zeros(1, 3, 32, 32)).items()}
+        {'s1': (1, 4, 32, 32), 's2': (1, 8, 16, 16), 's3': (1, 16, 8, 8)}
     """
     return ISONetCifar(depth, residual, width, num_classes, in_channels, dropout, **switches)

@@ -21,6 +21,12 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises ValueError for a file that is refused, damaged or of another layout, and where its names or shapes are not
     the model's; the message names what was found. The model is unchanged then. A file that cannot be opened is an
     OSError; TypeError for something that is no module or no path.
+
+    Examples:
+        >>> net = isonet_fast.models.isonet_cifar(8, width=4)
+        >>> torch.save({"net": {f"module.{name}": value for name, value in net.state_dict().items()}}, "checkpoint.pt")
+        >>> isonet_fast.models.load_official(net, "checkpoint.pt") is net
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -126,9 +126,9 @@ class SharedScale(nn.Module):
 class SharedShift(nn.Module):
     """x -> x + b with one learnable number for the whole of x, initially 0 (Fixup). State: `shift` (1, 1, 1, 1)."""
 
-    def __init__(self, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.shift = _filled((1, 1, 1, 1), 0.0, device, dtype)
+        self.shift: nn.Parameter = _filled((1, 1, 1, 1), 0.0, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift.view([1] * x.dim())

@@ -84,7 +84,7 @@ networks = [
     models.isonet34(),
     models.isonet50(),
     models.isonet101(),
-    models.risonet18(dropout=0.4),
+    models.risonet18(dropout=0.4, activation="relu", normalisation="batch", branch_scale=None),
     models.risonet34(),
     models.risonet50(),
     models.risonet101(),

@@ -27,5 +27,6 @@ OrthoRegularizer(nn.Identity()).accumulate_grad_(scale=2.0)  # wrong
 init.delta_(weight, strides=2)  # wrong
 models.isonet50(10)  # wrong
 models.isonet50(classes=10)  # wrong
+models.isonet50(activation="gelu")  # wrong
 text: str = functional.srelu(weight, weight)  # wrong
 right: Tensor = functional.srelu(weight, weight)
