@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.srelu import wide
+from .dtypes import wide
 from .penalty_arguments import FLOATS, check_dense
 
 LAYOUTS = {

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .ops.closed_form import wide_dtype
+from .dtypes import wide
 
 
 def is_sharded(weight: Tensor) -> bool:
@@ -92,7 +92,7 @@ class Shards:
 
     def _whole(self, weights: Sequence[Tensor]) -> list[Tensor]:
         rows = [weight.to_local() for weight in weights]  # type: ignore[attr-defined]
-        dtype = max((wide_dtype(row.dtype) for row in rows), key=lambda d: d.itemsize)
+        dtype = max((wide(row.dtype) for row in rows), key=lambda d: d.itemsize)
         mine = torch.zeros(sum(self._sizes), dtype=dtype, device=rows[0].device)
         torch._foreach_copy_([m[: r.numel()].view_as(r) for m, r in zip(mine.split(self._sizes), rows)], rows)
         everyones, buffer = (mine.new_empty(self._ranks * len(mine)) for _ in range(2))

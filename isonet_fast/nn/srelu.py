@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .. import functional
 from ..activation_arguments import check_dtype, checked_spatial_dims, number, positive_int
-from ..ops.srelu import wide
+from ..dtypes import wide
 from .conv import Device, OrthoConv1d, OrthoConv2d, OrthoConv3d
 
 

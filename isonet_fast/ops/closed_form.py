@@ -12,16 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import wide
 from ..geometry import Layer
 from . import frequency_form, overlap_form
 
 FORMS = {"overlap": overlap_form, "frequency": frequency_form}
 Work = tuple[str, tuple[tuple[int, ...], ...]]  # a form, and units of it
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The penalty of half-precision weights is computed in float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def evaluate(
@@ -37,16 +33,16 @@ def evaluate(
     batches: dict[tuple, list[int]] = {}
     for n, (weight, layer) in enumerate(zip(weights, layers, strict=True)):
         if work[n][1]:
-            batches.setdefault((layer, work[n], wide_dtype(weight.dtype), weight.device), []).append(n)
-    wide = max((wide_dtype(w.dtype) for w in weights), key=lambda d: d.itemsize, default=torch.float32)
-    losses = torch.zeros(len(weights), dtype=wide, device=weights[0].device if weights else None)
+            batches.setdefault((layer, work[n], wide(weight.dtype), weight.device), []).append(n)
+    widest = max((wide(w.dtype) for w in weights), key=lambda d: d.itemsize, default=torch.float32)
+    losses = torch.zeros(len(weights), dtype=widest, device=weights[0].device if weights else None)
     with torch.autocast(losses.device.type, enabled=False):
         for (layer, (name, units), dtype, _), members in batches.items():
             form = FORMS[name]
             taps = torch.stack([form.pack(_grouped(weights[n].detach().to(dtype), layer), layer) for n in members])
             batch_losses, grad = form.batch(taps.flatten(0, 1), layer, units, sink is not None)
             constant = 0.0 if any(units[0]) else layer.constant
-            losses[members] = (batch_losses.view(len(members), layer.groups).sum(1) - constant).to(wide)
+            losses[members] = (batch_losses.view(len(members), layer.groups).sum(1) - constant).to(widest)
             if sink is not None and grad is not None:
                 for n, g in zip(members, grad.unflatten(0, (len(members), layer.groups)), strict=True):
                     sink(n, _ungrouped(form.unpack(g, layer), layer))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..dtypes import wide
 from ..flat import lay_out
 from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
@@ -123,12 +124,12 @@ def _small_plan(
 def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
     """The closed form keeps the gradients themselves: 0 for a layer of another rank."""
     regions = lay_out(weights).regions
-    return [weights[0].new_zeros(end - start, dtype=closed_form.wide_dtype(dtype)) for dtype, start, end in regions]
+    return [weights[0].new_zeros(end - start, dtype=wide(dtype)) for dtype, start, end in regions]
 
 
 @torch.library.register_fake("isonet_fast::orthogonality_loss")
 def _orthogonality_loss_fake(weights: list[Tensor], problem: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dtype = max((closed_form.wide_dtype(w.dtype) for w in weights), key=lambda d: d.itemsize)
+    dtype = max((wide(w.dtype) for w in weights), key=lambda d: d.itemsize)
     saved: list[Tensor] = []
     if save and serves(weights):
         shapes = tuple(tuple(map(int, w.shape)) for w in weights)  # the kernels' plan is for sizes, not symbols

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import wide
 from ._library import implement, ops
-from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients, wide
+from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients
 
 
 def summed(shortcut: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

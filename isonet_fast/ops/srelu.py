@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import wide
 from ._library import implement, ops
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of this dtype are formed in. (torch.promote_types would be an operator of an exported graph.)"""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def per_channel(bias: Tensor, x: Tensor) -> Tensor:
