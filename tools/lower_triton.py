@@ -103,7 +103,7 @@ def compile_case(case: Case, arch: int) -> Any:
         for i, (kind, param) in enumerate(zip(signature.values(), case.kernel.params, strict=True))
         if kind.startswith("*")
     }
-    options = {name: case.options[name] for name in ("num_warps", "num_stages") if name in case.options}
+    options = {name: case.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in case.options}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

@@ -189,6 +189,8 @@ def _grad_kernel(
     start = tap_offset(tl.load(tile + TILE_TAP), view).to(tl.int64)
     sticks_out = (row + ROWS > tl.load(view + VIEW_ROWS)) | (column + COLUMNS > tl.load(view + VIEW_COLUMNS))
     path = tl.where(sticks_out, 0, tl.load(view + VIEW_PATH))
+    if IEEE:  # whose operands leave no registers for two more ways to store
+        path = tl.where(path > 2, 0, path)
     start += tl.where(
         path == 0,
         0,
@@ -206,9 +208,9 @@ def _grad_kernel(
             _store_whole(
                 acc, tl.multiple_of(at, 16), tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE, REDUCE
             )
-        elif path == 3:
+        elif (not IEEE) and path == 3:
             _store_whole(acc, at, tl.load(view + VIEW_ROW_STRIDE), False, ACCUMULATE, REDUCE)
-        elif path == 4:
+        elif (not IEEE) and path == 4:
             _store_whole(acc, at, tl.load(view + VIEW_COLUMN_STRIDE), True, ACCUMULATE, REDUCE)
         else:
             _store_any(acc, address, start, block, row, column, view, ACCUMULATE, REDUCE)

@@ -76,6 +76,8 @@ def grad_options(variant: Variant, tile: GradTile, accumulate: bool) -> dict[str
     sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     sizes |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     sizes |= {"IEEE": variant.products == 1, "TMA": variant.tma}
+    if variant.products == 1:  # left to itself, ptxas takes 128 registers on sm_120, and spills
+        sizes["maxnreg"] = 192
     return sizes | {"ACCUMULATE": accumulate, "REDUCE": accumulate and variant.tma}
 
 

@@ -19,6 +19,7 @@ import lower_triton
 
 CASES = [(90, c) for c in lower_triton.cases(90) if "float32" not in c.name and "loss only" not in c.name]
 CASES += [(arch, c) for arch in (80, 100, 120) for c in lower_triton.cases(arch) if c.name == "gram 128x128"]
+CASES += [(120, c) for c in lower_triton.cases(120) if c.name == "grad 64x64 accumulate float32"]
 
 
 @pytest.mark.parametrize("arch, case", CASES, ids=[f"sm_{arch} {case.name}" for arch, case in CASES])
