@@ -165,7 +165,7 @@ def by_device(make: Callable[[list[Row]], str], rows: list[Row]) -> str:
             versions = ", ".join(filter(None, (f"torch {last['torch']}", last["driver"])))
             parts.append(f"{device.removeprefix('cpu: ')}, {versions}\n\n{table}")
     if not on(rows, "GPU"):
-        parts.insert(0, "No GPU has measured this yet.\n")
+        parts.insert(0, f"No {'GPU' if parts else 'machine'} has measured this yet.\n")
     return "\n".join(parts)
 
 
