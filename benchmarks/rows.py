@@ -92,10 +92,10 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         os.fsync(file.fileno())
 
 
-def read(folder: Path = RESULTS) -> list[Row]:
-    """Every row in a folder, oldest first. Raises ValueError for a file with other columns."""
+def read(folder: Path | None = None) -> list[Row]:
+    """Every row in a folder (RESULTS), oldest first. Raises ValueError for a file with other columns."""
     rows: list[Row] = []
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted((folder or RESULTS).glob("*.csv")):
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:

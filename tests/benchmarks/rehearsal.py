@@ -4,7 +4,7 @@
 
 The benchmarks take every branch that they take on a GPU: torch.cuda's clocks, streams and graphs are stood in for here,
 tensors stay on the CPU, networks and shapes are tiny, and the penalty's launches go to a driver that launches nothing
-where no result is checked. Rows, figures and the README go to the folder. $REHEARSAL_FAILS names a part that crashes,
+where no result is checked. Rows, figures and tables go to the folder. $REHEARSAL_FAILS names a part that crashes,
 $REHEARSAL_HANGS one that never ends.
 """
 
@@ -131,11 +131,12 @@ def shrink(torch, folder):
     rows.RESULTS = folder / "results"
     machine = rows.machine
     rows.machine = lambda kind: machine("cpu") | {"device": torch.cuda.get_device_name(), "driver": "none"}
-    readme = folder / "README.md"
-    readme.write_text((ROOT / "README.md").read_text())
-    table.main = functools.partial(table.main, readme=readme)
     accuracy.ROOT = folder
     (folder / "docs").mkdir(exist_ok=True)
+    pages = [folder / page.relative_to(ROOT) for page in table.PAGES]
+    for page in pages:
+        page.write_text((ROOT / page.relative_to(folder)).read_text())
+    table.main = functools.partial(table.main, pages=pages)
 
     clocks.torch = harness.torch = OnTheCpu(torch)
     clocks.CudaClock.sample_ms = 0.01

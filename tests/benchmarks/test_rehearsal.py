@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import rows, run_all, targets
+from benchmarks import rows, run_all, table, targets
 
 HERE = pathlib.Path(__file__).parent
 pytestmark = [
@@ -29,7 +29,7 @@ def rehearse(folder, *command, **more):
 
 def stored():
     """What a benchmark might overwrite."""
-    files = [*rows.RESULTS.glob("*"), rows.ROOT / "README.md", rows.ROOT / "docs" / "accuracy.png"]
+    files = [*rows.RESULTS.glob("*"), *table.PAGES, rows.ROOT / "docs" / "accuracy.png"]
     return {path: path.stat().st_mtime_ns for path in files}
 
 
@@ -53,7 +53,7 @@ def test_failing_tests_a_part_that_hangs_and_one_that_crashes(tmp_path):
     assert providers >= {"copy", "matmul", "official", "compile", "isonet_fast", "bare", "isonet_fast without penalty"}
     measured = {target.what for target, outcome in targets.evaluate(found) if outcome is not None}
     assert len(measured) >= 4, measured
-    assert "Rehearsed GPU" in (tmp_path / "README.md").read_text()
+    assert "Rehearsed GPU" in (tmp_path / "docs" / "benchmarks.md").read_text()
     assert stored() == before
 
 
