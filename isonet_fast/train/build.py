@@ -7,12 +7,13 @@ import operator
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .. import models
+from ..models.ingredients import Switches
 from .config import Model
 
 NETWORKS = (*(f"{kind}isonet{depth}" for kind in ("", "r") for depth in (18, 34, 50, 101)), "isonet_cifar")
@@ -22,12 +23,13 @@ def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:
     """The network of the configuration for this data; ValueError for a name that is none of NETWORKS."""
     if config.name not in NETWORKS:
         raise ValueError(f"model.name must be one of {', '.join(NETWORKS)}, got {config.name!r}")
+    switches = cast(Switches, {name: getattr(config, name) for name in Switches.__annotations__})
     if config.name == "isonet_cifar":
         return models.isonet_cifar(
-            config.depth, config.residual, config.width, num_classes, in_channels, dropout=config.dropout
+            config.depth, config.residual, config.width, num_classes, in_channels, config.dropout, **switches
         )
     constructor = getattr(models, config.name)
-    return constructor(num_classes=num_classes, in_channels=in_channels, dropout=config.dropout)
+    return constructor(num_classes=num_classes, in_channels=in_channels, dropout=config.dropout, **switches)
 
 
 def construct(name: str) -> nn.Module:

@@ -37,6 +37,13 @@ class Model:
     depth: int = 32  # isonet_cifar only, as are the next two
     residual: bool = False
     width: int = 16
+    activation: str = "srelu"  # from here on the switches of `models.ingredients`
+    bias_init: float = -1.0
+    bias_learned: bool = True
+    initialisation: str = "delta"
+    normalisation: str = "none"
+    branch_scale: float | str | None = "published"
+    fixup: bool = False
 
 
 @dataclass
@@ -47,6 +54,7 @@ class Data:
     image_size: int = 224  # imagefolder and synthetic
     workers: int = 8
     strict: bool = False  # a corrupt image is an error instead of being skipped
+    mixup: float = 0.0  # alpha of `mixup`'s Beta distribution; 0: images are not mixed
 
 
 @dataclass
@@ -216,7 +224,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         try:
             return float(value)
         except (ValueError, OverflowError):
-            pass
+            if isinstance(value, str) and str in allowed:
+                return value
     elif typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
         if isinstance(value, list):
@@ -225,8 +234,10 @@ def _value(hint: Any, value: Any, name: str) -> Any:
         if kind is int and value > _AT_MOST.get(name, 2**48):
             raise ValueError(f"{name} must be at most {_AT_MOST.get(name, 2**48)}, got {_short(value)}")
         return value
-    expected = getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
-    raise ValueError(f"{name} must be {expected}{' or null' if type(None) in allowed else ''}, got {_short(value)}")
+    kinds = [k for k in allowed if k is not type(None)]
+    expected = [getattr(k, "__name__", str(k)) if typing.get_origin(k) is None else str(k) for k in kinds]
+    expected += ["null"] * (type(None) in allowed)
+    raise ValueError(f"{name} must be {' or '.join(expected)}, got {_short(value)}")
 
 
 def _short(value: Any) -> str:
@@ -249,6 +260,7 @@ def _check(config: Config) -> None:
     }
     not_negative = {
         "data.workers": config.data.workers,
+        "data.mixup": config.data.mixup,
         "optimizer.momentum": config.optimizer.momentum,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "schedule.warmup": config.schedule.warmup,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..geometry import Penalty
@@ -33,6 +32,7 @@ from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .interrupts import Interrupted, Signals
 from .metrics import Log, Sums, progress
+from .mixup import Mixed, mixup
 from .paths import to_resume
 from .saving import checkpoint
 from .saving.files import sweep
@@ -229,11 +229,11 @@ class Run:
         for n, batch in enumerate(batches, 1):
             last = n == len(batches)
             with synchronising(self.wrapped, last):
-                x, y, weight = self._to_device(batch)
+                mixed, weight = self._mixed(batch, n)
                 with self._autocast():
-                    logits = self.forward(x)
-                loss = F.cross_entropy(logits.float(), y)
-                seen.append((logits.detach(), y, loss.detach()))
+                    logits = self.forward(mixed.images)
+                loss = mixed.loss(logits.float())
+                seen.append((logits.detach(), mixed.labels, loss.detach()))
                 if last:
                     verdict = self._ask([loss for *_, loss in seen])
                     if scale is not None:
@@ -313,9 +313,9 @@ class Run:
     def _diverged(self, batches: list[Batch], rank: int) -> None:
         """All processes look for the layer, for a sharded forward pass needs all of them; `rank` has the loss."""
         layers = []
-        for batch in batches:
+        for n, batch in enumerate(batches, 1):
             with self._autocast():
-                layers.append(first_nonfinite(self.model, self._to_device(batch)[0]))
+                layers.append(first_nonfinite(self.model, self._mixed(batch, n)[0].images))
         found = next((layer for layer in layers if layer), None)
         raise Diverged(
             self.step,
@@ -351,6 +351,13 @@ class Run:
         for others in self.processes.gather(self.corrupt):
             self.corrupt.update(others)
         return dict(sorted(self.corrupt.items()))
+
+    def _mixed(self, batch: Batch, n: int) -> tuple[Mixed, float]:
+        """The n-th batch of this step as it is trained on, and what its loss counts. What mixup draws follows from
+        (seed, step, rank, n), so a resumed run draws the same."""
+        x, y, weight = self._to_device(batch)
+        seed = f"{self.config.seed}/{self.step}/{self.processes.rank}/{n}"
+        return mixup(x, y, self.config.data.mixup, seed), weight
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
         """Images, labels, and what their loss counts: a batch of which nothing could be read is one black image that

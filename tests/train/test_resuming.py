@@ -71,6 +71,7 @@ EFFECTIVE: dict[str, tuple[str, Callable[[Run], Any], Any]] = {
     "data.image_size": ("16", lambda run: run.source.train[0][0].shape[-1], 16),
     "data.workers": ("1", lambda run: run.train_loader.loader.num_workers, 1),
     "data.strict": ("true", lambda run: run.config.data.strict, True),
+    "data.mixup": ("0.2", lambda run: run.config.data.mixup, 0.2),
     "optimizer.lr": ("0.03", lambda run: run.base_lr[0], 0.03),
     "optimizer.momentum": ("0.5", lambda run: groups(run, "momentum"), {0.5}),
     "optimizer.weight_decay": ("0.25", lambda run: groups(run, "weight_decay"), {0.25, 0.0}),
@@ -93,6 +94,18 @@ EFFECTIVE: dict[str, tuple[str, Callable[[Run], Any], Any]] = {
 }
 
 
+REFUSED = {
+    "model.name": "isonet18",
+    "model.residual": "true",
+    "model.activation": "relu",
+    "model.bias_learned": "false",
+    "model.initialisation": "kaiming",
+    "model.normalisation": "batch",
+    "model.branch_scale": "1.0",
+    "model.fixup": "true",
+}
+
+
 def channels_last(run: Run) -> bool:
     return run.model.s1.b1.f.a.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
 
@@ -104,7 +117,7 @@ def test_a_new_value_takes_effect_or_is_refused(
     state, _ = checkpoint.load_latest(stopped)
     former = config.load(None, (), state["config"])
     if not resuming.RULES[key].effective:
-        value = {"model.name": "isonet18", "model.residual": "true"}.get(key, "14")
+        value = REFUSED.get(key, "14")
         changed = config.load(None, [f"{key}={value}"], state["config"])
         with pytest.raises(ValueError, match=rf"{key} must stay \S+, got \S+ \(.+\)"):
             resuming.changes(former, changed)

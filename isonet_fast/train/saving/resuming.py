@@ -15,6 +15,7 @@ class Rule(NamedTuple):
 
 
 _WEIGHTS = Rule(False, "the weights in the checkpoint are of that network")
+_START = Rule(False, "it says how a network starts, and that one has started")
 _RECIPE = Rule(True, "read at each step or epoch, and nothing in the checkpoint depends on it")
 _STEP = Rule(True, "images are counted, not batches, so the epoch goes on with the image that is next")
 _MACHINE = Rule(True, "weights and momentum are stored in float32, whatever computes with them")
@@ -26,12 +27,20 @@ RULES = {
     "model.depth": _WEIGHTS,
     "model.residual": _WEIGHTS,
     "model.width": _WEIGHTS,
+    "model.activation": _WEIGHTS,
+    "model.bias_init": _START,
+    "model.bias_learned": _WEIGHTS,
+    "model.initialisation": _START,
+    "model.normalisation": _WEIGHTS,
+    "model.branch_scale": _WEIGHTS,
+    "model.fixup": _WEIGHTS,
     "data.source": _DATA,
     "data.batch_size": _STEP,
     "data.eval_batch_size": _STEP,
     "data.image_size": _DATA,
     "data.workers": _MACHINE,
     "data.strict": _RECIPE,
+    "data.mixup": _RECIPE,
     "optimizer.lr": _RECIPE,
     "optimizer.momentum": _RECIPE,
     "optimizer.weight_decay": _RECIPE,
