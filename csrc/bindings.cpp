@@ -1,8 +1,8 @@
-// Every operator schema of this library, and the way from tensors to the launchers; no kernels.
+// From the ops' tensors to the launchers; no kernels. The schemas, fakes and autograd are Python's (isonet_fast/ops/).
 //
 // Built on the LibTorch stable ABI, so one library serves every Python and every torch from 2.11 on, with or
 // without CUDA: on a CPU-only torch the one CUDA symbol needed here, declared weak, is simply null.
-// The same function implements an op at both keys. Fakes and autograd are registered from Python.
+// The same function implements an op at both keys.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -368,17 +368,6 @@ Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> gra
 }
 
 }  // namespace
-
-STABLE_TORCH_LIBRARY(isonet_fast, m) {
-  m.def("srelu(Tensor x, Tensor bias) -> Tensor");
-  m.def("srelu_(Tensor(a!) x, Tensor bias) -> ()");
-  m.def("srelu_backward(Tensor grad_output, Tensor output, Tensor bias) -> (Tensor, Tensor)");
-  m.def("residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, Tensor? scale) -> Tensor");
-  m.def("residual_srelu_(Tensor shortcut, Tensor(a!) branch, Tensor bias, Tensor? scale) -> ()");
-  m.def("residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch, Tensor bias, Tensor scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("orthogonality_small_(Tensor[] weights, Tensor(a!)[] grads, Tensor plan, float[] scale, bool add) -> Tensor");
-}
 
 #ifdef ISONET_FAST_CUDA
 #define ISONET_FAST_SERVED(m, op)                                          \

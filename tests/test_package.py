@@ -144,6 +144,20 @@ def test_importing_needs_no_other_package():
     assert result.stdout == "[]\n", result.stderr
 
 
+def test_a_library_built_from_other_sources_is_named_with_the_remedy():
+    code = """
+import torch
+early = torch.library.Library("isonet_fast", "FRAGMENT")
+early.define("srelu({arguments}) -> Tensor")
+import isonet_fast
+"""
+    result = python(code.format(arguments="Tensor x"))
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and "it defines isonet_fast::srelu(Tensor x) -> Tensor, not srelu(" in last
+    assert last.endswith("build it again: pip install --no-build-isolation .")
+    assert python(code.format(arguments="Tensor x, Tensor bias")).returncode == 0
+
+
 def imports(path):
     """Absolute names of the modules that a file imports at its top level."""
     for node in ast.parse(path.read_text()).body:

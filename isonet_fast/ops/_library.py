@@ -1,4 +1,4 @@
-"""The operator library `isonet_fast`: the compiled kernels if they are there, the same schemas from Python if not.
+"""The operator library `isonet_fast`: every schema is defined from here, and the compiled library adds its kernels.
 
 The PyTorch implementations are registered at CompositeExplicitAutograd, below every device's own key: the
 dispatcher takes a compiled kernel wherever one exists for the device and PyTorch everywhere else. They are registered
@@ -9,23 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 COMPILED = Path(__file__).parent.parent / "_C.so"
-
-SCHEMAS = (
-    "srelu(Tensor x, Tensor bias) -> Tensor",
-    "srelu_(Tensor(a!) x, Tensor bias) -> ()",
-    "srelu_backward(Tensor grad_output, Tensor output, Tensor bias) -> (Tensor, Tensor)",
-    "residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, Tensor? scale) -> Tensor",
-    "residual_srelu_(Tensor shortcut, Tensor(a!) branch, Tensor bias, Tensor? scale) -> ()",
-    "residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch, Tensor bias, Tensor scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 def _load() -> str | None:
@@ -47,15 +37,28 @@ ops = torch.ops.isonet_fast
 library = torch.library.Library("isonet_fast", "FRAGMENT")
 in_pytorch = torch.library.Library("isonet_fast_pytorch", "DEF")
 why_not_compiled = _load()
-for schema in SCHEMAS:
-    in_pytorch.define(schema)
-    if why_not_compiled:
-        library.define(schema)
 _warned: set[torch.device] = set()
 
 
-def implement(name: str) -> Callable:
-    """Register the decorated function as the PyTorch implementation of op `name`."""
+def define(schema: str, tags: Sequence[torch.Tag] = ()) -> str:
+    """Define the op, whose kernels may be there already. Returns its name."""
+    name = schema.partition("(")[0]
+    try:
+        library.define(schema, tags=tags)
+    except RuntimeError as error:  # a library of an early build defined its ops itself
+        found = getattr(ops, name).default._schema
+        if str(found) != f"isonet_fast::{schema}":
+            raise ImportError(
+                f"{COMPILED} was built from other sources than this package: it defines {found}, not {schema}; "
+                "build it again: pip install --no-build-isolation ."
+            ) from error
+    return name
+
+
+def implement(schema: str, tags: Sequence[torch.Tag] = ()) -> Callable:
+    """Define the op; the decorated function is its PyTorch implementation."""
+    name = define(schema, tags)
+    in_pytorch.define(schema)
 
     def register(function: Callable) -> Callable:
         def instead(x: torch.Tensor, *arguments: Any) -> Any:
@@ -63,8 +66,7 @@ def implement(name: str) -> Callable:
             return function(x, *arguments)
 
         library.impl(name, function, "CompositeExplicitAutograd")
-        if any(schema.startswith(f"{name}(") for schema in SCHEMAS):
-            in_pytorch.impl(name, instead, "CompositeExplicitAutograd")
+        in_pytorch.impl(name, instead, "CompositeExplicitAutograd")
         return function
 
     return register

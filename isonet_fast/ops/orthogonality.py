@@ -19,17 +19,15 @@ from ..flat import lay_out
 from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
 from . import closed_form, small_layers
-from ._library import implement, library, ops
+from ._library import implement, ops
 
 # problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch. The backward
 # returns a buffer per dtype (flat.py): what an op returns must not share memory. A later version whose
 # op returns other shapes must rename it: Inductor's cache on a user's disk knows an op by its name and schema alone.
 # Under torch.compile(mode="reduce-overhead") both stay between the graphs: their tables outlive a graph's memory.
-for _schema in (
-    "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])",
-    "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]",
-):
-    library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
+_LOSS = "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])"
+_BACKWARD = "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 def _shapes(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
@@ -59,7 +57,7 @@ def _total(losses: Tensor, coefficients: Sequence[float]) -> Tensor:
     return weighted.sum().to(losses.dtype)
 
 
-@implement("orthogonality_loss")
+@implement(_LOSS, _TAGS)
 def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         raise RuntimeError(
@@ -139,7 +137,7 @@ def _orthogonality_loss_fake(weights: list[Tensor], problem: str, save: bool) ->
     return weights[0].new_empty((), dtype=dtype), weights[0].new_empty(len(weights), dtype=dtype), saved
 
 
-@implement("orthogonality_loss_backward")
+@implement(_BACKWARD, _TAGS)
 def _orthogonality_loss_backward(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:

@@ -28,19 +28,22 @@ def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, 
     torch.maximum(total, per_channel(bias, total), out=out)
 
 
-@implement("residual_srelu")
+@implement("residual_srelu(Tensor shortcut, Tensor branch, Tensor bias, Tensor? scale) -> Tensor")
 def _residual_srelu(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
     output = torch.empty_like(shortcut)
     _join(shortcut, branch, bias, scale, out=output)
     return output
 
 
-@implement("residual_srelu_")
+@implement("residual_srelu_(Tensor shortcut, Tensor(a!) branch, Tensor bias, Tensor? scale) -> ()")
 def _residual_srelu_(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None) -> None:
     _join(shortcut, branch, bias, scale, out=branch)
 
 
-@implement("residual_srelu_backward")
+@implement(
+    "residual_srelu_backward(Tensor grad_output, Tensor output, Tensor branch, Tensor bias, Tensor scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _residual_srelu_backward(
     grad_output: Tensor, output: Tensor, branch: Tensor, bias: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -43,10 +43,13 @@ def plan(layers: Sequence[Layer], offsets: Sequence[tuple[tuple[int, ...], ...]]
     return torch.tensor(numbers, dtype=torch.int64), torch.tensor(constants, dtype=torch.float64)
 
 
-if _library.why_not_compiled is None:
+_library.define(
+    "orthogonality_small_(Tensor[] weights, Tensor(a!)[] grads, Tensor plan, float[] scale, bool add) -> Tensor"
+)
 
-    @torch.library.register_fake("isonet_fast::orthogonality_small_")
-    def _orthogonality_small_fake(
-        weights: list[Tensor], grads: list[Tensor], plan: Tensor, scale: list[float], add: bool
-    ) -> Tensor:
-        return plan.new_empty(len(weights), dtype=torch.float64)
+
+@torch.library.register_fake("isonet_fast::orthogonality_small_")
+def _orthogonality_small_fake(
+    weights: list[Tensor], grads: list[Tensor], plan: Tensor, scale: list[float], add: bool
+) -> Tensor:
+    return plan.new_empty(len(weights), dtype=torch.float64)

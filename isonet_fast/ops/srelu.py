@@ -35,17 +35,17 @@ def channel_sum(values: Tensor, bias: Tensor) -> Tensor:
     return values.sum(dims, dtype=wide(values.dtype)).to(bias.dtype).reshape(bias.shape)
 
 
-@implement("srelu")
+@implement("srelu(Tensor x, Tensor bias) -> Tensor")
 def _srelu(x: Tensor, bias: Tensor) -> Tensor:
     return torch.maximum(x, per_channel(bias, x), out=torch.empty_like(x))
 
 
-@implement("srelu_")
+@implement("srelu_(Tensor(a!) x, Tensor bias) -> ()")
 def _srelu_(x: Tensor, bias: Tensor) -> None:
     torch.maximum(x, per_channel(bias, x), out=x)
 
 
-@implement("srelu_backward")
+@implement("srelu_backward(Tensor grad_output, Tensor output, Tensor bias) -> (Tensor, Tensor)")
 def _srelu_backward(grad_output: Tensor, output: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     taken = blocked(output, bias)
     grad_x = torch.empty_like(output).copy_(grad_output).masked_fill_(taken, 0)

@@ -257,12 +257,12 @@ def test_wrong_arguments(device: torch.device) -> None:
         ops.residual_srelu(x, x, bias, torch.zeros(2, device=device))
 
 
-def test_schemas(device: torch.device) -> None:
-    """The library and its Python stand-in must not drift apart; and the kernels are there for this device."""
-    for schema in _library.SCHEMAS:
-        name = schema.split("(")[0]
-        assert str(getattr(ops, name).default._schema) == f"isonet_fast::{schema}"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"isonet_fast::{name}", device.type.upper())
+def test_every_activation_has_a_kernel_for_this_device(device: torch.device) -> None:
+    """Else everything here would test PyTorch, and pass."""
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("isonet_fast::") and "srelu" in n]
+    assert len(names) >= 6
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, device.type.upper()), name
 
 
 def test_cuda_graph_and_streams(device: torch.device) -> None:

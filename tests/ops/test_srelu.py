@@ -95,13 +95,6 @@ def test_the_pytorch_implementation_is_the_compiled_one(device):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_schemas_are_the_compiled_ones():
-    """Whether C++ or Python defined them."""
-    for schema in _library.SCHEMAS:
-        name = schema.split("(")[0]
-        assert str(getattr(ops, name).default._schema) == f"isonet_fast::{schema}"
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradcheck(inplace, device):
     x = torch.randn(2, 3, 4, 3, dtype=torch.double, device=device, requires_grad=True)
