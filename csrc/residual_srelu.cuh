@@ -13,8 +13,8 @@ struct ResidualSReLUForward {
   static constexpr bool kSumsBias = false;
   static constexpr bool kSumsScale = false;
 
-  template <typename A>
-  ISONET_FORMULA void apply(const A (&in)[2], A b, A s, A (&out)[1], A& grad_bias, A& grad_scale) {
+  template <typename A, typename S>
+  ISONET_FORMULA void apply(const A (&in)[2], A b, A s, A (&out)[1], S& grad_bias, S& grad_scale) {
     const A sum[1] = {in[0] + s * in[1]};
     SReLUForward::apply(sum, b, s, out, grad_bias, grad_scale);
   }
@@ -26,14 +26,14 @@ struct ResidualSReLUBackward {
   static constexpr bool kSumsBias = true;
   static constexpr bool kSumsScale = true;
 
-  template <typename A>
-  ISONET_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], A& grad_bias, A& grad_scale) {
+  template <typename A, typename S>
+  ISONET_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], S& grad_bias, S& grad_scale) {
     const bool blocked = in[1] <= b;
     const A g = blocked ? A(0) : in[0];
     out[0] = g;
     out[1] = s * g;
-    grad_bias += blocked ? in[0] : A(0);
-    grad_scale += g * in[2];
+    grad_bias += S(blocked ? in[0] : A(0));
+    grad_scale += S(g) * S(in[2]);
   }
 };
 

@@ -2,7 +2,8 @@
 //
 // A formula says how many tensors it reads and writes and which sums it needs; how memory is walked is
 // walk.cuh's business on the GPU and walk_cpu.h's on the CPU. Both compile this file. Values arrive widened to
-// float (double for float64): widening a half is exact, so comparing in float is comparing in the tensor's dtype.
+// A, float (double for float64): widening a half is exact, so comparing in float is comparing in the tensor's dtype.
+// Sums are kept in S: A, or on the CPU double.
 #pragma once
 
 #ifdef __CUDACC__
@@ -31,8 +32,8 @@ struct SReLUForward {
   static constexpr bool kSumsBias = false;
   static constexpr bool kSumsScale = false;
 
-  template <typename A>
-  ISONET_FORMULA void apply(const A (&in)[1], A b, A, A (&out)[1], A&, A&) {
+  template <typename A, typename S>
+  ISONET_FORMULA void apply(const A (&in)[1], A b, A, A (&out)[1], S&, S&) {
     out[0] = larger(in[0], b);
   }
 };
@@ -43,12 +44,12 @@ struct SReLUBackward {
   static constexpr bool kSumsBias = true;
   static constexpr bool kSumsScale = false;
 
-  template <typename A>
-  ISONET_FORMULA void apply(const A (&in)[2], A b, A, A (&out)[1], A& grad_bias, A&) {
+  template <typename A, typename S>
+  ISONET_FORMULA void apply(const A (&in)[2], A b, A, A (&out)[1], S& grad_bias, S&) {
     const A g = in[0];
     const bool blocked = in[1] <= b;  // false for a NaN on either side: then the gradient passes
     out[0] = blocked ? A(0) : g;
-    grad_bias += blocked ? g : A(0);
+    grad_bias += S(blocked ? g : A(0));
   }
 };
 

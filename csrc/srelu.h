@@ -4,7 +4,8 @@
 //   dx = g m,  db = sum of g (1 - m) over all but the channels,  m = not (y <= b)
 //
 // All tensors of one call share dtype, extent and memory order. b is rounded to that dtype before it is
-// compared; db is accumulated in float32 (float64 for float64) in a fixed order, and rounded once to b's dtype.
+// compared; db is accumulated in float32 (float64 for float64; a short sum on the CPU too) in a fixed order, and rounded
+// once to b's dtype.
 // x and y may be the same memory; the gradients may not overlap their inputs.
 #pragma once
 

@@ -29,16 +29,19 @@ struct Streams {
 constexpr int64_t kUnit = 32768;  // elements: long enough for a thread to be worth waking, short enough to balance
 
 // Element i of every stream through the formula.
-template <class Formula, typename T>
+template <class Formula, typename T, typename S>
 ISONET_FAST_INLINE void apply(const T* const (&in)[3], T* const (&out)[2], int64_t i, Sum<T> b, Sum<T> scale,
-                              Sum<T>& grad_bias, Sum<T>& grad_scale) {
+                              S& grad_bias, S& grad_scale) {
   Sum<T> values[Formula::kReads], results[Formula::kWrites];
   for (int k = 0; k < Formula::kReads; ++k) values[k] = widen(in[k][i]);
   Formula::apply(values, b, scale, results, grad_bias, grad_scale);
   for (int k = 0; k < Formula::kWrites; ++k) narrow(results[k], out[k][i]);
 }
 
-// Sums are kept in float32 (float64) for this many additions at most, and added up in double.
+// Sums of a small tensor are kept in double from the first term on, where a product of two floats is exact: a sum of few
+// terms may cancel, and then every rounding shows. Longer loops would lose a quarter of their speed in a cache; there
+// sums are kept in float32 (float64) for so many additions at most, and added up in double.
+constexpr int64_t kExactSums = 4096;  // elements of the tensor
 constexpr int64_t kRunBlock = 1024;  // elements, in some 16 vector lanes
 constexpr int64_t kRowBlock = 32;    // rows
 
@@ -60,7 +63,7 @@ struct Place {
 };
 
 // Units of consecutive elements of one channel: planes, and pieces of long ones.
-template <class Formula, typename T>
+template <class Formula, typename T, typename S>
 struct Runs {
   ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, const Extent& e,
                                      int64_t pieces, int64_t length, const Sum<T>* b, Sum<T> scale, double* grad_bias,
@@ -75,9 +78,9 @@ struct Runs {
         T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
         const int64_t n = stop - at < kRunBlock ? stop - at : kRunBlock;
         const Sum<T> bias = b[place.channel];
-        Sum<T> sum_bias = 0, sum_scale = 0;
+        S sum_bias = 0, sum_scale = 0;
 #pragma omp simd reduction(+ : sum_bias, sum_scale)
-        for (int64_t i = 0; i < n; ++i) apply<Formula, T>(in, out, i, bias, scale, sum_bias, sum_scale);
+        for (int64_t i = 0; i < n; ++i) apply<Formula>(in, out, i, bias, scale, sum_bias, sum_scale);
         total_bias += sum_bias;
         total_scale += sum_scale;
       }
@@ -88,19 +91,19 @@ struct Runs {
 };
 
 // Rows of `width` elements, each with its own bias value and its own sum; the last row may be short.
-template <class Formula, typename T>
+template <class Formula, typename T, typename S>
 struct Rows {
   ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, int64_t width,
-                                     const Sum<T>* b, Sum<T> scale, Sum<T>* grad_bias, double& grad_scale) const {
+                                     const Sum<T>* b, Sum<T> scale, S* grad_bias, double& grad_scale) const {
     for (int64_t at = begin; at < end; at += width) {
       const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
       T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
       const int64_t n = end - at < width ? end - at : width;
-      Sum<T> sum_scale = 0;
+      S sum_scale = 0;
 #pragma omp simd reduction(+ : sum_scale)
       for (int64_t i = 0; i < n; ++i) {
-        Sum<T> sum = Formula::kSumsBias ? grad_bias[i] : Sum<T>(0);
-        apply<Formula, T>(in, out, i, b[i], scale, sum, sum_scale);
+        S sum = Formula::kSumsBias ? grad_bias[i] : S(0);
+        apply<Formula>(in, out, i, b[i], scale, sum, sum_scale);
         if (Formula::kSumsBias) grad_bias[i] = sum;
       }
       grad_scale += sum_scale;
@@ -152,7 +155,7 @@ struct Sums {
   std::vector<double> scale;  // one value per unit
 };
 
-template <class Formula, typename T>
+template <class Formula, typename S, typename T>
 Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   const Extent& e = call.extent;
   const int64_t pieces = pieces_of(e), length = (e.inner + pieces - 1) / pieces;
@@ -161,13 +164,13 @@ Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   for (int64_t c = 0; c < e.channels; ++c) b[c] = rounded<T>(call.bias, c);
   Sums sums{std::vector<double>(Formula::kSumsBias ? units : 0), std::vector<double>(Formula::kSumsScale ? units : 0)};
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, kUnit / length), [&](int64_t begin, int64_t end) {
-    run(Runs<Formula, T>{}, streams, begin, end, e, pieces, length, b.data(), scale, sums.bias.data(),
+    run(Runs<Formula, T, S>{}, streams, begin, end, e, pieces, length, b.data(), scale, sums.bias.data(),
         sums.scale.data());
   });
   return sums;
 }
 
-template <class Formula, typename T>
+template <class Formula, typename S, typename T>
 Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   const Extent& e = call.extent;
   // Few channels: take several rows as one, so that the inner loop has something to vectorise.
@@ -180,13 +183,13 @@ Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   Sums sums{std::vector<double>(Formula::kSumsBias ? units * e.channels : 0),
             std::vector<double>(Formula::kSumsScale ? units : 0)};
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Sum<T>> grad_bias(Formula::kSumsBias ? width : 0);
+    std::vector<S> grad_bias(Formula::kSumsBias ? width : 0);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t stop = std::min(numel, (unit + 1) * length);
       double grad_scale = 0;
       for (int64_t at = unit * length; at < stop; at += kRowBlock * width) {
-        std::fill(grad_bias.begin(), grad_bias.end(), Sum<T>(0));
-        run(Rows<Formula, T>{}, streams, at, std::min(stop, at + kRowBlock * width), width, b.data(), scale,
+        std::fill(grad_bias.begin(), grad_bias.end(), S(0));
+        run(Rows<Formula, T, S>{}, streams, at, std::min(stop, at + kRowBlock * width), width, b.data(), scale,
             grad_bias.data(), grad_scale);
         if (Formula::kSumsBias) {
           double* const row = sums.bias.data() + unit * e.channels;
@@ -200,6 +203,13 @@ Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   return sums;
 }
 
+template <class Formula, typename S, typename T>
+Sums walk_elements(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+  if (call.extent.numel() == 0) return {};
+  return call.extent.inner > 1 ? walk_runs<Formula, S>(call, streams, scale)
+                               : walk_rows<Formula, S>(call, streams, scale);
+}
+
 template <class Formula, typename T>
 void walk_typed(const Call& call) {
   Streams<T> streams{};
@@ -207,13 +217,12 @@ void walk_typed(const Call& call) {
   for (int k = 0; k < Formula::kWrites; ++k) streams.out[k] = static_cast<T*>(call.out[k]);
   const Sum<T> scale = call.scale.data == nullptr ? Sum<T>(1) : exact<T>(call.scale, 0);
   const Extent& e = call.extent;
-  const bool runs = e.inner > 1;
-  Sums sums;
-  if (e.numel() > 0)
-    sums = runs ? walk_runs<Formula, T>(call, streams, scale) : walk_rows<Formula, T>(call, streams, scale);
+  constexpr bool summing = Formula::kSumsBias || Formula::kSumsScale;
+  const Sums sums = summing && e.numel() <= kExactSums ? walk_elements<Formula, double>(call, streams, scale)
+                                                       : walk_elements<Formula, Sum<T>>(call, streams, scale);
   if constexpr (Formula::kSumsBias) {
     std::vector<double> totals(e.channels);
-    const int64_t consecutive = runs ? pieces_of(e) : 1;  // sums of one channel
+    const int64_t consecutive = e.inner > 1 ? pieces_of(e) : 1;  // sums of one channel
     const double* sum = sums.bias.data();
     for (const double* const last = sum + sums.bias.size(); sum < last;)
       for (double& total : totals)

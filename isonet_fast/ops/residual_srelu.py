@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import wide
+from ..dtypes import summing, wide
 from ._library import implement, ops
 from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients
 
@@ -21,6 +21,12 @@ def summed(shortcut: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     dtype = wide(shortcut.dtype)
     scaled = branch.to(dtype) if scale is None else scale.to(dtype).reshape(()) * branch.to(dtype)
     return (shortcut.to(dtype) + scaled).to(shortcut.dtype)
+
+
+def scale_sum(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Sum of a * b, accumulated in float32 at least, rounded once, in scale's dtype and shape."""
+    dtype = summing(a)
+    return (a.to(dtype) * b.to(dtype)).sum().to(scale.dtype).view_as(scale)
 
 
 def _join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor | None, out: Tensor) -> None:
@@ -53,7 +59,7 @@ def _residual_srelu_backward(
     grad_branch = torch.empty_like(output)
     grad_branch.copy_(grad_shortcut.to(dtype) * scale.to(dtype).view(()))
     grad_bias = channel_sum(torch.where(taken, grad_output, 0), bias)
-    grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
+    grad_scale = scale_sum(grad_shortcut, branch, scale)
     return grad_shortcut, grad_branch, grad_bias, grad_scale
 
 
@@ -83,7 +89,7 @@ def scaled_gradients(
         dtype = wide(output.dtype)
         grad_shortcut, grad_bias = standard_gradients(grad_output, output, bias)
         grad_branch = (grad_shortcut.to(dtype) * scale.to(dtype).reshape(())).to(output.dtype)
-        grad_scale = (grad_shortcut.to(dtype) * branch.to(dtype)).sum().to(scale.dtype).view_as(scale)
+        grad_scale = scale_sum(grad_shortcut, branch, scale)
         return grad_shortcut, grad_branch, grad_bias, grad_scale
     if torch.is_grad_enabled():
         return ResidualSReLUBackward.apply(grad_output, output.detach(), branch, bias, scale)  # see `gradients`
@@ -150,7 +156,7 @@ class ResidualSReLUBackward(torch.autograd.Function):
             passed = gg_shortcut.to(dtype)
         if gg_branch is not None:
             passed = passed + scale.to(dtype).reshape(()) * gg_branch.to(dtype)
-            grad_scale = (masked * gg_branch).sum().to(scale.dtype).view_as(scale)
+            grad_scale = scale_sum(masked, gg_branch, scale)
         if gg_scale is not None:
             gg_s = gg_scale.to(dtype).reshape(())
             passed = passed + gg_s * branch.to(dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import wide
+from ..dtypes import summing
 from ._library import implement, ops
 
 
@@ -30,9 +30,9 @@ def blocked(output: Tensor, bias: Tensor) -> Tensor:
 
 
 def channel_sum(values: Tensor, bias: Tensor) -> Tensor:
-    """Sum over every axis but C, accumulated in float32 at least, in bias's dtype and shape."""
+    """Sum over every axis but C, accumulated in float32 at least, rounded once, in bias's dtype and shape."""
     dims = [d for d in range(values.dim()) if d != 1]
-    return values.sum(dims, dtype=wide(values.dtype)).to(bias.dtype).reshape(bias.shape)
+    return values.sum(dims, dtype=summing(values)).to(bias.dtype).reshape(bias.shape)
 
 
 @implement("srelu(Tensor x, Tensor bias) -> Tensor")

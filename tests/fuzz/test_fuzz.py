@@ -17,6 +17,7 @@ import torch
 from isonet_fast import OrthoRegularizer, diagnostics, functional, init
 from isonet_fast.ops import orthogonality, residual_srelu, srelu
 
+from . import replay
 from .case import Case, Failure
 from .search import search
 from .trials import TRIALS
@@ -40,6 +41,13 @@ def test_twenty_thousand_trials_without_a_failure(part: int) -> None:
     calls, found = search(0, numbers)
     assert found is None, found.told()
     assert calls == 20_000 // PARTS
+
+
+def test_a_sum_of_few_terms_that_cancels() -> None:
+    """The gradient of the scale is the sum of 24 products, which cancel to a hundredth of the largest."""
+    choices = {"seed": 986052, "N": 3, "C": 8, "values": "normal", "branch layout": "batch slice"}
+    choices |= {"branch dtype": "bfloat16", "bias form": "expanded", "with scale": True, "gradient layout": "unbind"}
+    replay("residual_srelu", choices)
 
 
 def scaled(function: Callable, factor: float, which: int) -> Callable:

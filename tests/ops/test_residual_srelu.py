@@ -202,3 +202,24 @@ def test_second_derivatives_where_something_is_not_finite(where, wanted, device)
         results.append([torch.zeros_like(t) if s is None else s for s, t in zip(second, everything, strict=True)])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, equal_nan=True)
+
+
+@pytest.mark.parametrize("served", ["kernel", "PyTorch"])
+def test_a_sum_that_cancels_is_rounded_once(served):
+    """In float32 the last term is lost in each of the three sums: beside 2**20 it is below half a unit."""
+    backward = {"kernel": ops.residual_srelu_backward.default, "PyTorch": _residual_srelu_backward}[served]
+    terms = torch.tensor([2.0**20, 1.0, 2.0**-20, -(2.0**20)])
+    for shape in ((4, 1), (1, 1, 4), (4, 1, 1, 1)):
+        grad, branch = terms.view(shape), torch.ones(shape)
+        passed, blocked, bias, scale = torch.ones(shape), -torch.ones(shape), torch.zeros(1), torch.ones(())
+        assert backward(grad, blocked, branch, bias, scale)[2].item() == 1 + 2.0**-20
+        assert backward(grad, passed, branch, bias, scale)[3].item() == 1 + 2.0**-20
+
+
+def test_a_sum_that_cancels_in_the_second_backward_is_rounded_once():
+    terms = torch.tensor([[2.0**20, 1.0, 2.0**-20, -(2.0**20)]]).T
+    shortcut, branch = torch.ones(4, 1), torch.ones(4, 1, requires_grad=True)
+    scale = torch.ones((), requires_grad=True)
+    y = functional.residual_srelu(shortcut, branch, torch.zeros(1), scale)
+    (grad_branch,) = torch.autograd.grad(y, branch, torch.ones(4, 1), create_graph=True)
+    assert torch.autograd.grad(grad_branch, scale, terms)[0].item() == 1 + 2.0**-20
