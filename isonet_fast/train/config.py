@@ -48,7 +48,7 @@ class Model:
 
 @dataclass
 class Data:
-    source: str = ""  # imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits, synthetic[:IMAGES]
+    source: str = ""  # imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits[:SIZE], synthetic[:IMAGES]
     batch_size: int = 128
     eval_batch_size: int = 200
     image_size: int = 224  # imagefolder and synthetic

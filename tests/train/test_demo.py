@@ -28,8 +28,8 @@ recipe = demo.recipe  # of the real demo: the tests use a shallow network
 KEYS = ["network", "depth", "device", "epochs", "seconds", "test_accuracy", "penalty", "step_ms", "speedup"]
 
 
-def few_digits(seed=0, count=96):
-    images, labels, test_images, test_labels = digits(seed)
+def few_digits(seed=0, size=16, count=96):
+    images, labels, test_images, test_labels = digits(seed, size)
     return images[:count], labels[:count], test_images[:50], test_labels[:50]
 
 

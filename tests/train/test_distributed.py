@@ -5,6 +5,7 @@ Everything runs in two starts of torchrun, on two ranks and on three; each test 
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -53,6 +54,13 @@ def words(directory: Path, *settings: str) -> list[str]:
 
 def resume(directory: Path, *settings: str) -> list[str]:
     return ["train", "--resume", str(directory), *(word for setting in settings for word in ("--set", setting))]
+
+
+def table(directory: Path) -> list[str]:
+    """One row at four learning rates."""
+    settings = (*SMALL, *BASE, "data.batch_size=4", "schedule.epochs=1")
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return ["table", "3", "--only", "b = -1, learned", "--seeds", "1", "--output", str(directory), *sets]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,8 @@ def two(folder: Path, one: Path) -> Any:
             "diverged, sharded": (new("diverged-sharded", *HALVES, "fsdp=true"), ["NaN", 1, 4]),
             "pictures": (new("pictures", *pictures), None),
             "another's": (new("one", *TWO), None),
+            "table": (table(folder / "table"), None),
+            "table, diverged": (table(folder / "table-diverged"), ["NaN", 1, 2]),
         },
     )
 
@@ -194,6 +204,20 @@ def test_the_penalty_is_in_the_units_of_the_loss_scale(folder: Path, two: Any) -
     weights["two"] = latest(folder / "float16")["model"]
     far = lambda a, b: max((weights[a][n] - weights[b][n]).abs().max().item() for n in weights["one"])
     assert far("one", "two") < far("one", "none") / 10
+
+
+def test_a_table_is_made_by_all_together(folder: Path, two: Any) -> None:
+    """Each run is that of one process with twice the batch; where a rank diverges, all go on to the next run."""
+    for rank in (0, 1):
+        assert two.codes[rank, "table"] == two.codes[rank, "table, diverged"] == 0
+    with open(folder / "table" / "table3.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert row["by_learning_rate"].count(";") == 3 and float(row["top1"]) >= 0 and row["seeds"] == "1"
+    results = [json.loads(path.read_text()) for path in (folder / "table-diverged").glob("*/*/result.json")]
+    assert [result["result"]["diverged"] for result in results] == [2] * 4
+    settings = ["data.batch_size=8", "optimizer.lr=0.02", "schedule.epochs=1"]
+    assert run(words(folder / "table-one", *settings), None, 0) == 0
+    alike(folder / "table-one", folder / "table" / "b-minus-1-learned" / "lr-0.01-seed-0")
 
 
 def test_three_are_one(folder: Path, three: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line: isonet-fast demo | train | evaluate | report | export | info."""
+"""The command line: isonet-fast demo | train | table | evaluate | report | export | info."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..data.loader import WorkerDied
 from ..divergence import Diverged
 from ..interrupts import Interrupted
 from ..paths import user_path
+from ..tables.plan import SCALES
 from ..terminal import lasting_output, printable
-from . import demo, evaluate, launch
+from . import demo, evaluate, launch, table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--output", type=_path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
     _add_train(commands)
+    _add_table(commands)
     _add_evaluate(commands)
     add = commands.add_parser("report", help="how isometric a checkpoint is: singular values of every convolution")
     add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
@@ -67,6 +69,20 @@ def _add_train(commands: Any) -> None:
     add.set_defaults(run=launch.run)
 
 
+def _add_table(commands: Any) -> None:
+    add = commands.add_parser(
+        "table", help="a table of the paper: train what is missing of its rows, write it, draw it"
+    )
+    add.add_argument("number", type=int, help="1 to 5")
+    add.add_argument("--scale", choices=SCALES, default="small", help="of networks and data (default %(default)s)")
+    add.add_argument("--seeds", type=int, metavar="N", help="seeds of each row (default: the scale's)")
+    add.add_argument("--only", metavar="ROW", help="one row, by its name")
+    add.add_argument("--output", type=_path, metavar="DIR", help="of runs and table (default runs/tableN-SCALE)")
+    add.add_argument("--dry-run", action="store_true", help="print every row's configuration and train nothing")
+    _add_data(add)
+    add.set_defaults(run=table.run)
+
+
 def _add_evaluate(commands: Any) -> None:
     add = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint, of ours or of the official code")
     add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
@@ -76,13 +92,19 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_common(add: argparse.ArgumentParser) -> None:
+    _add_data(add)
+    add.add_argument("--strict", action="store_true", help="a corrupt image is an error, not skipped")
+
+
+def _add_data(add: argparse.ArgumentParser) -> None:
     add.add_argument(
-        "--data", metavar="SOURCE", help="imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits or synthetic[:IMAGES]"
+        "--data",
+        metavar="SOURCE",
+        help="imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits[:SIZE] or synthetic[:IMAGES]",
     )
     add.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any value, for example optimizer.lr=0.02"
     )
-    add.add_argument("--strict", action="store_true", help="a corrupt image is an error, not skipped")
 
 
 def _path(text: str) -> Path:
@@ -99,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """The exit code; an error is a line."""
-    rank = _rank() if args.command == "train" else 0
+    rank = _rank() if args.command in ("train", "table") else 0
     who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
         args.run(args)

@@ -54,7 +54,7 @@ def _locked(directory: Path, processes: Processes) -> Iterator[None]:
 def _start(args: argparse.Namespace, processes: Processes) -> None:
     if args.config is None:
         raise ValueError(f"say what to train with --config: {', '.join(config.presets())}, or a YAML file")
-    settled = config.load(args.config, [*_data(args), *settings(args)])
+    settled = config.load(args.config, [*data(args), *settings(args)])
     directory = args.output or Path("runs") / Path(args.config).stem
     processes.from_main(lambda: _goes_on(directory))  # before anything is written there
     with _locked(directory, processes):
@@ -99,7 +99,7 @@ def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> 
             f"{path} holds no run: expected 'config' and 'position' in it, found {few([*map(repr, state)])}"
         )
     former = config.load(None, (), state["config"])
-    settled = config.load(args.config, [*_data(args), *settings(args)], state["config"])
+    settled = config.load(args.config, [*data(args), *settings(args)], state["config"])
     changes = resuming.changes(former, settled)
     position = state["position"]
     if position["epoch"] > settled.schedule.epochs:
@@ -116,5 +116,6 @@ def _fit(settled: Config, directory: Path, state: dict[str, Any] | None, process
     processes.say(f"done: validation top-1 {row['val_top1']:.2f} %; checkpoints and metrics.csv in {directory}")
 
 
-def _data(args: argparse.Namespace) -> list[str]:
+def data(args: argparse.Namespace) -> list[str]:
+    """`--data` as a setting."""
     return [] if args.data is None else [f"data.source={args.data}"]

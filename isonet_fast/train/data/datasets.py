@@ -1,4 +1,4 @@
-"""The data sets: `imagefolder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `digits`, `synthetic[:IMAGES]`.
+"""The data sets: `imagefolder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `digits[:SIZE]`, `synthetic[:IMAGES]`.
 
 Each gives an example by its index; what its augmentation draws comes from torch's generator, which the loader seeds for
 that example alone: the same image in whatever order, worker or run it is asked for.
@@ -28,12 +28,12 @@ def open_source(config: Data, seed: int, evaluating: bool = False) -> Source:
     if kind not in KINDS:
         given = f"unknown data set {config.source!r}" if config.source else "no data set given"
         raise ValueError(
-            f"{given}; use --data imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits or synthetic[:IMAGES]"
+            f"{given}; use --data imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits[:SIZE] or synthetic[:IMAGES]"
         )
     if kind in ("imagefolder", "cifar10", "cifar100") and not argument:
         raise ValueError(f"{kind} needs a directory: --data {kind}:DIR")
     if kind == "digits":
-        images, labels, *test = digits()
+        images, labels, *test = digits(size=_positive("digits:SIZE needs a size in pixels", argument or "16"))
         return Source(TensorDataset(images, labels), TensorDataset(*test), 10, 1)
     if kind == "synthetic":
         return synthetic(argument, config.image_size, seed)
@@ -70,9 +70,13 @@ class Synthetic:
         return self.patterns[label] + torch.randn(3, self.size, self.size, generator=generator), label
 
 
+def _positive(what: str, text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"{what}, got {text!r}")
+    return int(text)
+
+
 def synthetic(argument: str, size: int, seed: int) -> Source:
-    if argument and not (argument.isdecimal() and int(argument) > 0):
-        raise ValueError(f"synthetic:IMAGES needs a positive number of images, got {argument!r}")
-    count = int(argument or 1024)
+    count = _positive("synthetic:IMAGES needs a positive number of images", argument or "1024")
     train = Synthetic(count, size, seed * 1_000_003)
     return Source(train, Synthetic(max(1, count // 4), size, seed * 1_000_003 + count), Synthetic.CLASSES, 3)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images (1437, 1, 16, 16) and labels, test images (360, 1, 16, 16) and labels.
+def digits(seed: int = 0, size: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Train images (1437, 1, size, size) and labels, test images (360, 1, size, size) and labels.
 
-    8x8 resized to 16x16 (bilinear), standardised with the mean and deviation of the training part, 80/20 stratified.
+    8x8 resized (bilinear), standardised with the mean and deviation of the training part, 80/20 stratified.
     """
     try:
         from sklearn.datasets import load_digits
@@ -20,7 +20,7 @@ def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=seed)
     train, test = (
-        F.interpolate(torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8), size=16, mode="bilinear")
+        F.interpolate(torch.tensor(part, dtype=torch.float32).view(-1, 1, 8, 8), size=size, mode="bilinear")
         for part in split[:2]
     )
     mean, deviation = train.mean(), train.std()

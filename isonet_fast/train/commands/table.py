@@ -1,0 +1,46 @@
+"""`isonet-fast table N`: a table of the paper, made or gone on with."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from .. import distributed
+from ..interrupts import Interrupted
+from ..tables import plan
+from ..tables.making import Making
+from . import launch
+
+
+def run(args: argparse.Namespace) -> None:
+    table = plan.table(args.number, args.scale)
+    rows, seeds = table.only(args.only), table.seeds if args.seeds is None else args.seeds
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    settings = [*launch.data(args), *args.set]
+    if args.dry_run:
+        _show(table, rows, settings)
+        return
+    try:  # what can fail fails before the training, not after
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a table is drawn with matplotlib: pip install 'isonet_fast[demo]'") from error
+    folder = args.output or Path("runs") / f"table{table.number}-{table.scale}"
+    with distributed.processes() as processes:
+        try:
+            Making(table, folder, seeds, settings, processes).complete(rows)
+        except Interrupted:
+            processes.say("the same command goes on with the table")
+            raise
+        processes.say(f"table {table.number}: {folder / f'table{table.number}.md'}, .csv and .png")
+
+
+def _show(table: plan.Table, rows: tuple[plan.Row, ...], settings: list[str]) -> None:
+    """The configuration of each row, at each of its learning rates."""
+    for row in rows:
+        for lr in table.rates:
+            published = "" if row.published is None else f" (published: {row.published:.2f} %)"
+            print(f"# table {table.number}: {row.name}{published}")
+            print(yaml.safe_dump(row.config(0, lr, settings).as_dict(), sort_keys=False, default_flow_style=None))

@@ -1,0 +1,98 @@
+"""What a table of the paper consists of: its rows as overrides of presets, read from tables.yaml."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from .. import config, plain_yaml
+from ..config import Config
+
+SCALES = ("small", "cifar", "imagenet")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network and how it is trained: a preset, and `KEY=VALUE` settings that go over it."""
+
+    name: str
+    preset: str
+    settings: tuple[str, ...]
+    published: float | None  # top-1, at the scale "imagenet" alone
+
+    @property
+    def folder(self) -> str:
+        """A name for its directory."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("= -", "=minus ")).strip("-")
+
+    def config(self, seed: int, lr: float | None, more: Sequence[str] = ()) -> Config:
+        """lr: None for the preset's own. `more` goes over everything."""
+        rate = [] if lr is None else [f"optimizer.lr={lr!r}"]
+        return config.load(self.preset, [*self.settings, *rate, f"seed={seed}", *more])
+
+
+@dataclass(frozen=True)
+class Table:
+    """learning_rates: each row is trained with each, or with its preset's own one where there are none."""
+
+    number: int
+    scale: str
+    title: str
+    rows: tuple[Row, ...]
+    learning_rates: tuple[float, ...]
+    seeds: int
+
+    @property
+    def rates(self) -> tuple[float | None, ...]:
+        return self.learning_rates or (None,)
+
+    def only(self, name: str | None) -> tuple[Row, ...]:
+        """The row of that name, or all; ValueError for a name that is none."""
+        rows = tuple(row for row in self.rows if name is None or row.name.lower() == name.lower())
+        if not rows:
+            known = "; ".join(row.name for row in self.rows)
+            raise ValueError(f"--only must be a row of table {self.number} at this scale ({known}), got {name!r}")
+        return rows
+
+
+def numbers() -> list[int]:
+    """Of the tables that there are."""
+    return list(_read()["tables"])
+
+
+def table(number: int, scale: str) -> Table:
+    """Table `number` at a scale of SCALES; ValueError for a number that is none."""
+    everything = _read()
+    if number not in everything["tables"]:
+        raise ValueError(f"the tables are {', '.join(map(str, everything['tables']))}, got {number}")
+    given = everything["tables"][number]
+    # what the table says of this scale goes over what the scale says of every table, and the settings are joined
+    common, own = everything["scales"][scale], given.get(scale, {})
+    both = {**given, **common, **own}
+    settings = {**common.get("set", {}), **own.get("set", {})}
+    rows = [
+        _row(row if scale == "imagenet" else {**row, "published": None}, both["preset"], settings, depth, n)
+        for n, depth in enumerate(both.get("depths", [None]))
+        for row in both["rows"]
+    ]
+    return Table(
+        number, scale, given["title"], tuple(rows), tuple(both.get("learning_rates", ())), both.get("seeds", 1)
+    )
+
+
+def _read() -> Any:
+    path = resources.files(__package__) / "tables.yaml"
+    return plain_yaml.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _row(row: dict[str, Any], preset: str, settings: dict[str, Any], depth: int | None, n: int) -> Row:
+    joined = {**settings, **row.get("set", {})}
+    words = tuple(f"{key}={json.dumps(value)}" for key, value in joined.items())
+    published = row.get("published")
+    if depth is None:
+        return Row(row["name"], preset, words, published)
+    return Row(f"{row['name']}, {depth} layers", preset.format(depth=depth), words, published and published[n])
