@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from isonet_fast import OrthoRegularizer, param_groups
+from isonet_fast.import_torchvision import import_torchvision
 from isonet_fast.models.official import official
-from isonet_fast.train.data.import_torchvision import import_torchvision
 
 from .bench_orthogonality import penalised
 from .bench_orthogonality import truth as penalty_truth

@@ -88,8 +88,10 @@ def layer_of(weight: Tensor, module: nn.Module, penalty: Penalty) -> Layer:
 
 
 def own_penalty(module: nn.Module) -> Penalty | None:
-    """What the layer itself asks for: "isonet" for those of PyTorch."""
-    return module.penalty if isinstance(module, _Orthogonal) else "isonet"
+    """What the layer itself asks for: "isonet" for those of PyTorch, None where somebody has set `penalty = None`."""
+    if isinstance(module, _Orthogonal):
+        return module.penalty
+    return None if getattr(module, "penalty", "isonet") is None else "isonet"
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .deconvert import deconvert
+from .import_torchvision import import_torchvision
 from .models.arguments import integer
 from .models.blocks import through
 from .models.dilate import dilate_
@@ -24,7 +25,6 @@ from .models.isonet_cifar import ISONetCifar
 from .models.network import Network
 from .nn import ResidualSReLU, SReLU
 from .safe_load import weights_in
-from .train.data.import_torchvision import import_torchvision
 from .train.data.transforms import CIFAR, IMAGENET
 
 import_torchvision()  # timm imports it, which fails beside a CPU torch without this

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import isonet_fast
 from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, convert
-from isonet_fast.train.data.import_torchvision import import_torchvision
+from isonet_fast.import_torchvision import import_torchvision
 
 
 def SReLU(channels: int) -> nn.Module:

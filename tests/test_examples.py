@@ -29,7 +29,7 @@ PROCESSES = {"ddp": 2, "fsdp2": 2}
 # Lightning imports a torchvision that is installed, and the one of another torch build does not load without this.
 BESIDE_A_CPU_TORCH = """
 import contextlib, runpy, sys
-from isonet_fast.train.data.import_torchvision import import_torchvision
+from isonet_fast.import_torchvision import import_torchvision
 with contextlib.suppress(ModuleNotFoundError):
     import_torchvision()
 sys.argv.pop(0)

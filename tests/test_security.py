@@ -23,8 +23,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
+from isonet_fast.import_torchvision import import_torchvision
 from isonet_fast.train.commands.cli import main
-from isonet_fast.train.data.import_torchvision import import_torchvision
 from isonet_fast.train.saving import checkpoint, sharded_checkpoint
 
 FORBIDDEN = {

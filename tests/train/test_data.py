@@ -273,7 +273,7 @@ def test_a_cut_cifar_file(cifar: tuple) -> None:
 
 def test_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install, and without replacing the torch that is there."""
-    from isonet_fast.train.data.import_torchvision import import_torchvision
+    from isonet_fast.import_torchvision import import_torchvision
 
     monkeypatch.setitem(sys.modules, "torchvision", None)
     version = torch.__version__.partition("+")[0]

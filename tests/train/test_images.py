@@ -283,7 +283,7 @@ def test_links_to_images_elsewhere_are_followed(photographs: Path, tmp_path: Pat
 
 def test_the_order_is_that_of_torchvision(photographs: Path) -> None:
     """Runs that older versions began go on with the same images."""
-    from isonet_fast.train.data.import_torchvision import import_torchvision
+    from isonet_fast.import_torchvision import import_torchvision
 
     import_torchvision()
     from torchvision import datasets

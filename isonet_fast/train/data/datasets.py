@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ...import_torchvision import import_torchvision
 from ..config import Data
 from ..paths import user_path
 from .digits import digits
-from .import_torchvision import import_torchvision
 from .source import Source
 
 KINDS = ("imagefolder", "cifar10", "cifar100", "digits", "synthetic")

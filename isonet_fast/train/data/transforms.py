@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .import_torchvision import import_torchvision
+from ...import_torchvision import import_torchvision
 
 import_torchvision()  # first, because it says what to install
 from torchvision.transforms import v2
