@@ -19,9 +19,10 @@
 #include <tuple>
 #include <vector>
 
+#include "call.h"
 #include "orthogonality.h"
-#include "residual_srelu.h"
-#include "srelu.h"
+#include "residual_srelu.cuh"
+#include "srelu.cuh"
 
 #ifdef ISONET_FAST_CUDA
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -29,6 +30,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace {
 
+using isonet_fast::Call;
 using isonet_fast::DType;
 using isonet_fast::Extent;
 using isonet_fast::Parameter;
@@ -166,8 +168,9 @@ void launch_first(FirstLaunch& first, int32_t device_type, int32_t device) {
   const Tensor memory(handle);
   const torch::stable::accelerator::DeviceGuard guard(device);
   auto* const x = static_cast<float*>(memory.mutable_data_ptr());
-  const isonet_fast::SReLUForwardArgs args{DType::float32, {1, 4, 1}, x, {x + 4, DType::float32}, x};
-  first.error = isonet_fast::cuda::srelu_forward(args, current_stream(memory));
+  const Call call{
+      .dtype = DType::float32, .extent = {1, 4, 1}, .in = {x}, .out = {x}, .bias = {x + 4, DType::float32}};
+  first.error = isonet_fast::cuda::launch<isonet_fast::SReLUForward>(call, nullptr, current_stream(memory));
   if (first.error == cudaErrorMemoryAllocation) check_launch(first.error);  // says nothing of the next time
 }
 
@@ -190,55 +193,28 @@ void served(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
 }
 #endif
 
-// One overload per launcher: to the GPU on the current stream, or to the CPU.
-void launch([[maybe_unused]] const Tensor& x, const isonet_fast::SReLUForwardArgs& args) {
+// To the GPU on the current stream, or to the CPU.
+template <class Formula>
+void launch([[maybe_unused]] const Tensor& x, const Call& call) {
 #ifdef ISONET_FAST_CUDA
   if (x.is_cuda()) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    return check_launch(isonet_fast::cuda::srelu_forward(args, current_stream(x)));
+    std::optional<Tensor> partials;
+    if constexpr (Formula::kSumsBias) partials = workspace(x, isonet_fast::cuda::workspace_bytes<Formula>(call));
+    void* const memory = partials ? partials->mutable_data_ptr() : nullptr;
+    return check_launch(isonet_fast::cuda::launch<Formula>(call, memory, current_stream(x)));
   }
 #endif
-  isonet_fast::cpu::srelu_forward(args);
-}
-
-void launch([[maybe_unused]] const Tensor& x, const isonet_fast::ResidualSReLUForwardArgs& args) {
-#ifdef ISONET_FAST_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    return check_launch(isonet_fast::cuda::residual_srelu_forward(args, current_stream(x)));
-  }
-#endif
-  isonet_fast::cpu::residual_srelu_forward(args);
-}
-
-void launch([[maybe_unused]] const Tensor& x, const isonet_fast::SReLUBackwardArgs& args) {
-#ifdef ISONET_FAST_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const Tensor partials = workspace(x, isonet_fast::cuda::srelu_backward_workspace(args));
-    void* const memory = partials.mutable_data_ptr();
-    return check_launch(isonet_fast::cuda::srelu_backward(args, memory, current_stream(x)));
-  }
-#endif
-  isonet_fast::cpu::srelu_backward(args);
-}
-
-void launch([[maybe_unused]] const Tensor& x, const isonet_fast::ResidualSReLUBackwardArgs& args) {
-#ifdef ISONET_FAST_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    const Tensor partials = workspace(x, isonet_fast::cuda::residual_srelu_backward_workspace(args));
-    void* const memory = partials.mutable_data_ptr();
-    return check_launch(isonet_fast::cuda::residual_srelu_backward(args, memory, current_stream(x)));
-  }
-#endif
-  isonet_fast::cpu::residual_srelu_backward(args);
+  isonet_fast::cpu::launch<Formula>(call);
 }
 
 // y may be x itself. Both dense, in one memory order.
 void srelu_into(const Tensor& x, const Tensor& bias, const Tensor& y) {
-  launch(x, isonet_fast::SReLUForwardArgs{dtype_of(x, "x"), *extent_of(x), x.const_data_ptr(), parameter(bias),
-                                          y.mutable_data_ptr()});
+  launch<isonet_fast::SReLUForward>(x, {.dtype = dtype_of(x, "x"),
+                                        .extent = *extent_of(x),
+                                        .in = {x.const_data_ptr()},
+                                        .out = {y.mutable_data_ptr()},
+                                        .bias = parameter(bias)});
 }
 
 Tensor srelu(Tensor x, Tensor bias) {
@@ -261,17 +237,24 @@ std::tuple<Tensor, Tensor> srelu_backward(Tensor grad_output, Tensor output, Ten
   check_same(grad_output, output, "grad_output");
   const Tensor y = dense(output), g = relaid(grad_output, y), b = packed(bias);
   Tensor grad_x = empty_as(y), grad_bias = empty_as(b);
-  launch(y, isonet_fast::SReLUBackwardArgs{dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(),
-                                           parameter(b), grad_x.mutable_data_ptr(), grad_bias.mutable_data_ptr()});
+  launch<isonet_fast::SReLUBackward>(y, {.dtype = dtype_of(y, "output"),
+                                         .extent = *extent_of(y),
+                                         .in = {g.const_data_ptr(), y.const_data_ptr()},
+                                         .out = {grad_x.mutable_data_ptr()},
+                                         .bias = parameter(b),
+                                         .grad_bias = grad_bias.mutable_data_ptr()});
   return {grad_x, grad_bias};
 }
 
 // y may be the branch itself. All three dense, in one memory order.
 void residual_srelu_into(const Tensor& shortcut, const Tensor& branch, const Tensor& bias,
                          const std::optional<Tensor>& scale, const Tensor& y) {
-  launch(branch, isonet_fast::ResidualSReLUForwardArgs{
-                     dtype_of(branch, "branch"), *extent_of(branch), shortcut.const_data_ptr(), branch.const_data_ptr(),
-                     parameter(bias), scale ? parameter(*scale) : Parameter{}, y.mutable_data_ptr()});
+  launch<isonet_fast::ResidualSReLUForward>(branch, {.dtype = dtype_of(branch, "branch"),
+                                                     .extent = *extent_of(branch),
+                                                     .in = {shortcut.const_data_ptr(), branch.const_data_ptr()},
+                                                     .out = {y.mutable_data_ptr()},
+                                                     .bias = parameter(bias),
+                                                     .scale = scale ? parameter(*scale) : Parameter{}});
 }
 
 void check_join(const Tensor& shortcut, const Tensor& branch, const Tensor& bias, const std::optional<Tensor>& scale) {
@@ -305,10 +288,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_srelu_backward(Tensor grad_o
   const Tensor b = packed(bias);
   Tensor grad_shortcut = empty_as(y), grad_branch = empty_as(y);
   Tensor grad_bias = empty_as(b), grad_scale = empty_as(scale);
-  launch(y, isonet_fast::ResidualSReLUBackwardArgs{
-                dtype_of(y, "output"), *extent_of(y), g.const_data_ptr(), y.const_data_ptr(), h.const_data_ptr(),
-                parameter(b), parameter(scale), grad_shortcut.mutable_data_ptr(), grad_branch.mutable_data_ptr(),
-                grad_bias.mutable_data_ptr(), grad_scale.mutable_data_ptr()});
+  launch<isonet_fast::ResidualSReLUBackward>(
+      y, {.dtype = dtype_of(y, "output"),
+          .extent = *extent_of(y),
+          .in = {g.const_data_ptr(), y.const_data_ptr(), h.const_data_ptr()},
+          .out = {grad_shortcut.mutable_data_ptr(), grad_branch.mutable_data_ptr()},
+          .bias = parameter(b),
+          .scale = parameter(scale),
+          .grad_bias = grad_bias.mutable_data_ptr(),
+          .grad_scale = grad_scale.mutable_data_ptr()});
   return {grad_shortcut, grad_branch, grad_bias, grad_scale};
 }
 

@@ -7,20 +7,10 @@
 #include <array>
 #include <atomic>
 
+#include "call.h"
 #include "walk.cuh"
 
-namespace isonet_fast {
-
-struct Call {
-  DType dtype;
-  Extent extent;
-  const void* in[3];
-  void* out[2];
-  Parameter bias;
-  Parameter scale;
-  Gradient grad_bias;
-  Gradient grad_scale;
-};
+namespace isonet_fast::cuda {
 
 template <class Formula>
 Partition partition_of(const Call& call) {
@@ -112,8 +102,8 @@ cudaError_t launch_typed(const Call& call, void* workspace, cudaStream_t stream)
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     if (blocks > 0) {
       const dim3 grid(static_cast<unsigned>(blocks)), block(p.finish_threads(Formula::kSumsScale));
-      return launch_after(finish_kernel<A>, grid, block, 32 * sizeof(A), stream, partials, p, call.grad_bias,
-                          call.grad_scale);
+      return launch_after(finish_kernel<A>, grid, block, 32 * sizeof(A), stream, partials, p,
+                          Gradient{call.grad_bias, call.bias.dtype}, Gradient{call.grad_scale, call.scale.dtype});
     }
   }
   return cudaSuccess;
@@ -130,4 +120,4 @@ cudaError_t launch(const Call& call, void* workspace, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-}  // namespace isonet_fast
+}  // namespace isonet_fast::cuda

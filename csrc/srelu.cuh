@@ -1,5 +1,8 @@
 // The arithmetic of SReLU for one element: the only place where its formula is written in C++.
 //
+//   y  = x if (x > b or x is NaN) else b
+//   dx = g m,  db = sum of g (1 - m) over all but the channels,  m = not (y <= b)
+//
 // A formula says how many tensors it reads and writes and which sums it needs; how memory is walked is
 // walk.cuh's business on the GPU and walk_cpu.h's on the CPU. Both compile this file. Values arrive widened to
 // A, float (double for float64): widening a half is exact, so comparing in float is comparing in the tensor's dtype.

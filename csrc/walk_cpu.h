@@ -14,9 +14,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "call.h"
 #include "element_cpu.h"
 #include "run_cpu.h"
-#include "tensor.h"
 
 namespace isonet_fast::cpu {
 
@@ -111,18 +111,7 @@ struct Rows {
   }
 };
 
-struct Call {
-  DType dtype;
-  Extent extent;
-  const void* in[3];
-  void* out[2];
-  Parameter bias;
-  Parameter scale;
-  void* grad_bias;
-  void* grad_scale;
-};
-
-// Value i of a parameter; the bias rounded to T (see srelu.h), the scale not.
+// Value i of a parameter; the bias rounded to T (see call.h), the scale not.
 template <typename T>
 Sum<T> exact(const Parameter& parameter, int64_t i) {
   return parameter.dtype == DType::float32 ? Sum<T>(static_cast<const float*>(parameter.data)[i])
@@ -237,7 +226,7 @@ void walk_typed(const Call& call) {
 }
 
 template <class Formula>
-void walk(const Call& call) {
+void launch(const Call& call) {
   switch (call.dtype) {
     case DType::float32: return walk_typed<Formula, float>(call);
     case DType::float64: return walk_typed<Formula, double>(call);

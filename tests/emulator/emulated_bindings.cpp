@@ -41,9 +41,9 @@ const char* cudaGetErrorString(cudaError_t error) {
 // The CPU kernels are not part of this library, so that no result can be theirs.
 namespace isonet_fast::cpu {
 [[noreturn]] void not_here() { throw std::logic_error("a CPU kernel was called, not the emulated one"); }
-void srelu_forward(const SReLUForwardArgs&) { not_here(); }
-void srelu_backward(const SReLUBackwardArgs&) { not_here(); }
-void residual_srelu_forward(const ResidualSReLUForwardArgs&) { not_here(); }
-void residual_srelu_backward(const ResidualSReLUBackwardArgs&) { not_here(); }
+template <class Formula>
+void launch(const Call&) {
+  not_here();
+}
 void orthogonality(const std::vector<OrthogonalityLayer>&, bool, double*) { not_here(); }
 }  // namespace isonet_fast::cpu

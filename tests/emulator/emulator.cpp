@@ -1,4 +1,4 @@
-// The CUDA launchers of csrc/, compiled for the CPU by the header cuda_on_cpu.h and offered to Python.
+// The CUDA kernels of csrc/, compiled for the CPU by the header cuda_on_cpu.h, offered to Python.
 //
 // Arrays are numpy's; a half-precision tensor is passed as its uint16 bits. Pointers go to the launchers as they
 // are, so a view with an odd offset is a misaligned tensor, and an access outside an array is AddressSanitizer's.
@@ -11,8 +11,10 @@
 #include <array>
 #include <optional>
 
-#include "residual_srelu_cuda.cu"
-#include "srelu_cuda.cu"
+#include "call.h"
+#include "partition.h"
+#include "residual_srelu.cuh"
+#include "srelu.cuh"
 
 namespace py = pybind11;
 using namespace isonet_fast;
@@ -33,51 +35,40 @@ void check(cudaError_t error) {
 
 Extent extent_of(const std::array<int64_t, 3>& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
 
-Parameter parameter(const py::array& array, const std::string& dtype) { return {array.data(), dtype_of(dtype)}; }
-
-// Exactly as long as the launcher asks for, on 16 bytes as operator new gives it.
-using Workspace = std::unique_ptr<unsigned char[]>;
-Workspace workspace(int64_t bytes) { return Workspace(new unsigned char[bytes]); }
+// m.name(...) launches the kernels of a formula, and returns the bytes of workspace that they asked for.
+template <class Formula>
+void offer(py::module_& m, const char* name) {
+  using Arrays = std::vector<py::array>;
+  using Optional = std::optional<py::array>;
+  const auto run = [](const std::string& dtype, const std::array<int64_t, 3>& extent, const Arrays& in, Arrays out,
+                      const py::array& bias, const std::string& parameter_dtype, const Optional& scale,
+                      Optional grad_bias, Optional grad_scale) {
+    const DType parameters = dtype_of(parameter_dtype);
+    Call call{.dtype = dtype_of(dtype), .extent = extent_of(extent), .bias = {bias.data(), parameters}};
+    for (int k = 0; k < Formula::kReads; ++k) call.in[k] = in.at(k).data();
+    for (int k = 0; k < Formula::kWrites; ++k) call.out[k] = out.at(k).mutable_data();
+    if (scale) call.scale = {scale->data(), parameters};
+    if (grad_bias) call.grad_bias = grad_bias->mutable_data();
+    if (grad_scale) call.grad_scale = grad_scale->mutable_data();
+    int64_t bytes = 0;
+    if constexpr (Formula::kSumsBias) bytes = cuda::workspace_bytes<Formula>(call);
+    // Exactly as long as the launcher asks for, on 16 bytes as operator new gives it.
+    const std::unique_ptr<unsigned char[]> workspace(new unsigned char[bytes]);
+    check(cuda::launch<Formula>(call, workspace.get(), nullptr));
+    return bytes;
+  };
+  m.def(name, run, py::arg("dtype"), py::arg("extent"), py::arg("reads"), py::arg("writes"), py::arg("bias"),
+        py::arg("parameter_dtype"), py::arg("scale") = py::none(), py::arg("grad_bias") = py::none(),
+        py::arg("grad_scale") = py::none());
+}
 
 }  // namespace
 
 PYBIND11_MODULE(EMULATOR_MODULE, m) {
-  using Sizes = std::array<int64_t, 3>;
-  using Name = const std::string&;
-  m.def("srelu", [](Name dtype, Sizes extent, py::array x, py::array bias, Name bias_dtype, py::array y) {
-    check(cuda::srelu_forward(
-        {dtype_of(dtype), extent_of(extent), x.data(), parameter(bias, bias_dtype), y.mutable_data()}, nullptr));
-  });
-  m.def("srelu_backward", [](Name dtype, Sizes extent, py::array grad_output, py::array output, py::array bias,
-                             Name bias_dtype, py::array grad_x, py::array grad_bias) {
-    const SReLUBackwardArgs args{
-        dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(), parameter(bias, bias_dtype),
-        grad_x.mutable_data(), grad_bias.mutable_data()};
-    const int64_t bytes = cuda::srelu_backward_workspace(args);
-    const Workspace partials = workspace(bytes);
-    check(cuda::srelu_backward(args, partials.get(), nullptr));
-    return bytes;
-  });
-  m.def("residual_srelu", [](Name dtype, Sizes extent, py::array shortcut, py::array branch, py::array bias,
-                             Name bias_dtype, std::optional<py::array> scale, Name scale_dtype, py::array y) {
-    const Parameter s = scale ? parameter(*scale, scale_dtype) : Parameter{};
-    check(cuda::residual_srelu_forward({dtype_of(dtype), extent_of(extent), shortcut.data(), branch.data(),
-                                        parameter(bias, bias_dtype), s, y.mutable_data()},
-                                       nullptr));
-  });
-  m.def("residual_srelu_backward", [](Name dtype, Sizes extent, py::array grad_output, py::array output,
-                                      py::array branch, py::array bias, Name bias_dtype, py::array scale,
-                                      Name scale_dtype, py::array grad_shortcut, py::array grad_branch,
-                                      py::array grad_bias, py::array grad_scale) {
-    const ResidualSReLUBackwardArgs args{
-        dtype_of(dtype), extent_of(extent), grad_output.data(), output.data(), branch.data(),
-        parameter(bias, bias_dtype), parameter(scale, scale_dtype), grad_shortcut.mutable_data(),
-        grad_branch.mutable_data(), grad_bias.mutable_data(), grad_scale.mutable_data()};
-    const int64_t bytes = cuda::residual_srelu_backward_workspace(args);
-    const Workspace partials = workspace(bytes);
-    check(cuda::residual_srelu_backward(args, partials.get(), nullptr));
-    return bytes;
-  });
+  offer<SReLUForward>(m, "srelu");
+  offer<SReLUBackward>(m, "srelu_backward");
+  offer<ResidualSReLUForward>(m, "residual_srelu");
+  offer<ResidualSReLUBackward>(m, "residual_srelu_backward");
   m.def("set_blocks", [](unsigned blocks) { emulator::blocks = blocks; });
   m.def("set_order", [](int order) { emulator::order = order; });
   // What the kernels read and wrote since the last call, and the number of launches.

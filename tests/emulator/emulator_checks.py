@@ -155,17 +155,17 @@ def traffic(module: ModuleType, case: Case, reads: int, writes: int, workspace: 
 
 def check_srelu(module: ModuleType, case: Case) -> list[bytes]:
     module.traffic()
-    shape = (case.dtype, list(case.extent))
+    shape, parameters = (case.dtype, case.extent), (case.bias, case.parameter_dtype)
     x, y, g, grad_x = case.tensor(), case.new(), case.tensor(special=False), case.new()
     grad_bias = case.parameter(case.extent[1])
-    module.srelu(*shape, x, case.bias, case.parameter_dtype, y)
+    module.srelu(*shape, [x], [y], *parameters)
     traffic(module, case, 1, 1, 0, "srelu")
     xv = value(x, case.dtype)
     case.equal(y, np.where((xv > case.b) | np.isnan(xv), xv, case.b), "srelu")
-    module.srelu(*shape, x, case.bias, case.parameter_dtype, x)
+    module.srelu(*shape, [x], [x], *parameters)
     case.equal(x, value(y, case.dtype), "srelu_")
     module.traffic()
-    workspace = module.srelu_backward(*shape, g, y, case.bias, case.parameter_dtype, grad_x, grad_bias)
+    workspace = module.srelu_backward(*shape, [g, y], [grad_x], *parameters, grad_bias=grad_bias)
     traffic(module, case, 2, 1, workspace, "srelu_backward")
     gv, passes = value(g, case.dtype), ~(value(y, case.dtype) <= case.b)
     case.equal(grad_x, np.where(passes, gv, 0), "grad_x")
@@ -174,26 +174,25 @@ def check_srelu(module: ModuleType, case: Case) -> list[bytes]:
 
 
 def check_residual_srelu(module: ModuleType, case: Case) -> list[bytes]:
-    shape = (case.dtype, list(case.extent))
-    dtypes = case.parameter_dtype
+    shape, parameters = (case.dtype, case.extent), (case.bias, case.parameter_dtype)
     shortcut, branch, y, g = case.tensor(), case.tensor(special=False), case.new(), case.tensor(special=False)
     sv, hv = value(shortcut, case.dtype), value(branch, case.dtype)
     for scale, s in ((None, sv.dtype.type(1)), (case.scale, case.s)):
         module.traffic()
-        module.residual_srelu(*shape, shortcut, branch, case.bias, dtypes, scale, dtypes, y)
+        module.residual_srelu(*shape, [shortcut, branch], [y], *parameters, scale)
         traffic(module, case, 2, 1, 0, "residual_srelu")
         with np.errstate(invalid="ignore"):
             total = sv + s * hv
         case.equal(y, np.where((total > case.b) | np.isnan(total), total, case.b), "residual_srelu")
     over = case.new()
     over[:] = branch
-    module.residual_srelu(*shape, shortcut, over, case.bias, dtypes, case.scale, dtypes, over)
+    module.residual_srelu(*shape, [shortcut, over], [over], *parameters, case.scale)
     case.equal(over, value(y, case.dtype), "residual_srelu_")
     module.traffic()
     grad_shortcut, grad_branch = case.new(), case.new()
     grad_bias, grad_scale = case.parameter(case.extent[1]), case.parameter(1)
     workspace = module.residual_srelu_backward(
-        *shape, g, y, branch, case.bias, dtypes, case.scale, dtypes, grad_shortcut, grad_branch, grad_bias, grad_scale
+        *shape, [g, y, branch], [grad_shortcut, grad_branch], *parameters, case.scale, grad_bias, grad_scale
     )
     traffic(module, case, 3, 2, workspace, "residual_srelu_backward")
     gv, passes = value(g, case.dtype), ~(value(y, case.dtype) <= case.b)

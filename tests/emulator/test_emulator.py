@@ -95,7 +95,7 @@ def test_blocks_walk_from_the_end_of_the_tensor(emulator: ModuleType, extent: tu
     untouched = y.copy()
     emulator.set_blocks(1)
     try:
-        emulator.srelu("bfloat16", list(extent), x, case.bias, "bfloat16", y)
+        emulator.srelu("bfloat16", extent, [x], [y], case.bias, "bfloat16")
     finally:
         emulator.set_blocks(2**32 - 1)
     written = (y != untouched).ravel()
