@@ -16,15 +16,22 @@ import subprocess
 import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SOURCES = ("srelu_cuda.cu", "residual_srelu_cuda.cu")
+SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cu"))
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # those of the release list
-# 16-byte loads and stores of a kernel with this formula: tensors read and written times kRounds of walk.cuh.
-ACCESSES = {
-    "SReLUForward": (4, 4),
-    "SReLUBackward": (4, 2),
-    "ResidualSReLUForward": (4, 2),
-    "ResidualSReLUBackward": (6, 4),
-}
+
+
+def accesses() -> dict[str, tuple[int, int]]:
+    """16-byte loads and stores of a kernel, by its formula: tensors read and written, times kRounds of walk.cuh."""
+    declared = r"^struct (\w+) \{\n  static constexpr int kReads = (\d);.*\n  static constexpr int kWrites = (\d);"
+    found = {}
+    for header in sorted((ROOT / "csrc").glob("*.cuh")):
+        for name, reads, writes in re.findall(declared, header.read_text(), re.MULTILINE):
+            rounds = 4 if reads == "1" else 2
+            found[name] = int(reads) * rounds, int(writes) * rounds
+    return found
+
+
+ACCESSES = accesses()
 
 
 def obstacle() -> str | None:
