@@ -15,13 +15,26 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar, TypeVar
 
 from ..geometry import PENALTIES
 from . import plain_yaml
 from .paths import user_path
 
+C = TypeVar("C")  # Config, or another dataclass with the folder of its PRESETS
 PRECISIONS = ("float32", "bfloat16", "float16")
+_NOT_NEGATIVE = (
+    "data.workers",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "schedule.warmup",
+    "schedule.gamma",
+    "penalty.coeff",
+    "checkpoint.every_steps",
+    "checkpoint.keep_every_epochs",
+    "seed",
+)
 _AT_MOST = {
     "model.depth": 100_000,
     "model.width": 2**16,
@@ -88,6 +101,8 @@ class Checkpoint:
 
 @dataclass
 class Config:
+    PRESETS: ClassVar[str] = "configs"  # their folder
+
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -109,9 +124,9 @@ class Config:
         return dataclasses.asdict(self)
 
 
-def presets() -> list[str]:
+def presets(kind: Any = Config) -> list[str]:
     """Names of the presets that come with the package."""
-    return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+    return sorted(f.name.removesuffix(".yaml") for f in _presets(kind).iterdir() if f.name.endswith(".yaml"))
 
 
 def load(preset: str | None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
@@ -122,45 +137,53 @@ def load(preset: str | None, settings: Sequence[str] = (), base: Mapping[str, An
     Raises ValueError for an unknown preset, an unknown key (naming the nearest known one), a value of the wrong type or
     out of range.
     """
+    return load_as(Config, preset, settings, base)
+
+
+def load_as(
+    kind: type[C], preset: str | None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> C:
+    """`load` for a dataclass of this kind."""
     values: dict[str, Any] = {}
     if base is not None:
         _merge(values, base, "the configuration in the checkpoint")
     if preset is not None:
-        _merge(values, _read(preset), preset)
+        _merge(values, _read(preset, kind), preset)
     for setting in settings:
-        _merge(values, _setting(setting), setting)
-    return _build(Config, values, "")
+        _merge(values, _setting(setting, kind), setting)
+    return _build(kind, values, "")
 
 
-def _presets() -> Any:
-    return resources.files(__package__) / "configs"
+def _presets(kind: Any) -> Any:
+    return resources.files(__package__) / kind.PRESETS
 
 
-def _read(preset: str) -> Any:
-    if preset in presets():
-        return plain_yaml.parse((_presets() / f"{preset}.yaml").read_text(encoding="utf-8"), preset)
+def _read(preset: str, kind: Any) -> Any:
+    known = presets(kind)
+    if preset in known:
+        return plain_yaml.parse((_presets(kind) / f"{preset}.yaml").read_text(encoding="utf-8"), preset)
     path = user_path(preset)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return plain_yaml.read(path)
-    raise ValueError(f"unknown preset {preset!r}{_nearest(preset, presets())}; a path must end in .yaml")
+    raise ValueError(f"unknown preset {preset!r}{_nearest(preset, known)}; a path must end in .yaml")
 
 
-def _setting(setting: str) -> dict[str, Any]:
+def _setting(setting: str, kind: Any) -> dict[str, Any]:
     """`a.b=value` as {a: {b: value}}."""
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise ValueError(f"a setting is KEY=VALUE, for example optimizer.lr=0.02; got {setting!r}")
     parts, text = key.strip().split("."), text.lstrip()
-    literal = _hint(parts) is str and text[:1] not in ("'", '"')
+    literal = _hint(parts, kind) is str and text[:1] not in ("'", '"')
     value: Any = text if literal else plain_yaml.parse(text, f"--set {setting}")
     for part in reversed(parts):
         value = {part: value}
     return value
 
 
-def _hint(parts: Sequence[str]) -> Any:
+def _hint(parts: Sequence[str], kind: Any) -> Any:
     """The type of a key's value; None for an unknown key."""
-    hint: Any = Config
+    hint: Any = kind
     for part in parts:
         hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
     return hint
@@ -249,42 +272,32 @@ def _short(value: Any) -> str:
 
 def _check(config: Config) -> None:
     """Ranges; types are checked before."""
-    positive = {
-        "data.batch_size": config.data.batch_size,
-        "data.eval_batch_size": config.data.eval_batch_size,
-        "data.image_size": config.data.image_size,
-        "schedule.epochs": config.schedule.epochs,
-        "optimizer.lr": config.optimizer.lr,
-        "penalty.interval": config.penalty.interval,
-        "accumulate": config.accumulate,
-    }
-    not_negative = {
-        "data.workers": config.data.workers,
-        "data.mixup": config.data.mixup,
-        "optimizer.momentum": config.optimizer.momentum,
-        "optimizer.weight_decay": config.optimizer.weight_decay,
-        "schedule.warmup": config.schedule.warmup,
-        "schedule.gamma": config.schedule.gamma,
-        "penalty.coeff": config.penalty.coeff,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep_every_epochs": config.checkpoint.keep_every_epochs,
-        "seed": config.seed,
-    }
-    for name, value in positive.items():
+    check(
+        config,
+        positive=("data.eval_batch_size", "data.image_size", "schedule.epochs"),
+        not_negative=("data.mixup",),
+    )
+    if config.model.dropout is not None and not 0 <= config.model.dropout <= 1:
+        raise ValueError(f"model.dropout must be from 0 to 1, or null, got {config.model.dropout}")
+    if config.fsdp and config.precision == "float16":
+        raise ValueError("precision must be float32 or bfloat16 with fsdp, got 'float16'")
+
+
+def check(config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """What configurations of every kind have in common, and these keys besides."""
+    for name in (*positive, "data.batch_size", "optimizer.lr", "penalty.interval", "accumulate"):
+        value = attrgetter(name)(config)
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be positive and finite, got {_short(value)}")
-    for name, value in not_negative.items():
+    for name in (*not_negative, *_NOT_NEGATIVE):
+        value = attrgetter(name)(config)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{name} must be finite and not negative, got {_short(value)}")
     if "\0" in config.data.source:
         raise ValueError(f"data.source must not hold the character NUL, got {_short(config.data.source)}")
-    if config.model.dropout is not None and not 0 <= config.model.dropout <= 1:
-        raise ValueError(f"model.dropout must be from 0 to 1, or null, got {config.model.dropout}")
     if config.penalty.kind not in PENALTIES:
         raise ValueError(f"penalty.kind must be one of {', '.join(PENALTIES)}, got {config.penalty.kind!r}")
     if config.optimizer.clip is not None and not config.optimizer.clip > 0:
         raise ValueError(f"optimizer.clip must be positive or null, got {config.optimizer.clip}")
     if config.precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {config.precision!r}")
-    if config.fsdp and config.precision == "float16":
-        raise ValueError("precision must be float32 or bfloat16 with fsdp, got 'float16'")

@@ -8,26 +8,25 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
-
-from .paths import to_resume
 
 _STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ONE_STOP = 1.0  # seconds: `timeout` signals the process and then its group
 
 
 class Interrupted(Exception):
-    """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects."""
+    """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects.
+
+    how: the command that goes on.
+    """
 
     code: int
 
-    def __init__(self, number: int, step: int, directory: Path) -> None:
+    def __init__(self, number: int, step: int, how: str) -> None:
         self.code = 128 + number
         super().__init__(
-            f"stopped by {signal.Signals(number).name} after step {step}, everything saved; "
-            f"go on with: {to_resume(directory)}"
+            f"stopped by {signal.Signals(number).name} after step {step}, everything saved; go on with: {how}"
         )
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .data.source import Corrupt, Source
 from .distributed import ALONE, OnHost, Processes, shard, synchronising, wrap
 from .divergence import Diverged, first_nonfinite, first_nonfinite_weight
 from .interrupts import Interrupted, Signals
-from .metrics import Log, Sums, progress
+from .metrics import COLUMNS, Log, Sums, progress
 from .mixup import Mixed, mixup
 from .paths import to_resume
 from .saving import checkpoint
@@ -42,9 +43,13 @@ from .validation import to_device, validate
 class Run:
     """One training run in one directory. `fit()` trains it to its end.
 
+    What is special to classifiers are the methods under "what is trained"; `detection.run` has others.
+
     keep: False for a run that leaves no files, prints no lines and answers no signals; it is there for its `rows` and
         its `model`.
     """
+
+    COMMAND: ClassVar[str] = "train"  # that goes on with it
 
     config: Config
     directory: Path
@@ -83,17 +88,17 @@ class Run:
         self.device = processes.device(config.device)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         torch.manual_seed(config.seed)
-        self.source = open_source(config.data, config.seed)
+        self.source = self._open_source()
         for note in self.source.notes:
             processes.say(note)
-        self.model = build_model(config.model, self.source.num_classes, self.source.channels).to(self.device)
+        self.model = self._build_model().to(self.device)
         self.sharded = config.fsdp and processes.size > 1
         if config.channels_last and not self.sharded:  # shards are contiguous; there the images alone bring the format
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.sharded:
             shard(self.model, processes, self.device, config.precision)
         self.wrapped = self.model if self.sharded else wrap(self.model, processes, self.device)
-        groups = param_groups(self.model, config.optimizer.lr * processes.size, config.optimizer.weight_decay)
+        groups = param_groups(self.model, self._lr(), config.optimizer.weight_decay)
         self.base_lr = [group["lr"] for group in groups]
         self.optimizer = torch.optim.SGD(groups, self.base_lr[0], config.optimizer.momentum)
         self.reg = OrthoRegularizer(
@@ -105,13 +110,10 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.forward: nn.Module = torch.compile(self.wrapped) if config.compile else self.wrapped  # type: ignore[assignment]
-        data, pin = config.data, self.device.type == "cuda"
-        common = data.workers, config.seed
-        self.train_loader = Loader(self.source.train, data.batch_size, *common, True, pin, processes, config.accumulate)
-        self.val_loader = Loader(self.source.val, data.eval_batch_size, *common, False, pin, processes)
-        self.log = Log(directory) if processes.main and keep else None
+        self.train_loader, self.val_loader = self._loaders()
+        self.sums = self._new_sums()
+        self.log = Log(directory, self._columns()) if processes.main and keep else None
         self.rows: list[dict[str, float]] = []  # of the epochs that this process has seen end, as in metrics.csv
-        self.sums = Sums(self.device)
         self.epoch, self.examples, self.step, self.best = 1, 0, 0, -1.0
         self.penalty = torch.tensor(float("nan"), device=self.device)
         self.corrupt: dict[str, str] = {}
@@ -135,6 +137,78 @@ class Run:
     def seed(self) -> None:
         """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.processes.rank}").getrandbits(63))
+
+    # -- what is trained -----------------------------------------------------------------------------------------------
+
+    def _open_source(self) -> Source:
+        return open_source(self.config.data, self.config.seed)
+
+    def _build_model(self) -> nn.Module:
+        return build_model(self.config.model, self.source.num_classes, self.source.channels)
+
+    def _lr(self) -> float:
+        """The configured one is per GPU, as the batch is."""
+        return self.config.optimizer.lr * self.processes.size
+
+    def _loaders(self) -> tuple[Loader, Loader]:
+        data, seed, pin = self.config.data, self.config.seed, self.device.type == "cuda"
+        train = Loader(
+            self.source.train, data.batch_size, data.workers, seed, True, pin, self.processes, self.config.accumulate
+        )
+        return train, Loader(self.source.val, data.eval_batch_size, data.workers, seed, False, pin, self.processes)
+
+    def _new_sums(self) -> Sums:
+        return Sums(self.device)
+
+    def _columns(self) -> Sequence[str]:
+        return COLUMNS
+
+    @staticmethod
+    def at_end(config: Any, position: dict[str, Any]) -> str:
+        """Of a checkpoint that has nothing left to do: what to raise; else nothing."""
+        epochs = config.schedule.epochs
+        return f"{epochs} epochs; raise schedule.epochs" if position["epoch"] > epochs else ""
+
+    def outcome(self) -> str:
+        return f"validation top-1 {self.rows[-1]['val_top1']:.2f} %"
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch > self.config.schedule.epochs
+
+    def _title(self) -> str:
+        return f"epoch {self.epoch}/{self.config.schedule.epochs}"
+
+    def _set_rates(self) -> None:
+        """The learning rates of the step that comes."""
+        schedule.apply(self.optimizer, self.base_lr, self.epoch, self.config.schedule)
+
+    def _loss(self, batch: Batch, n: int) -> tuple[Tensor, float, tuple[Any, ...]]:
+        """Of the n-th batch of this step: its loss, what that counts, and what `self.sums.add` is told."""
+        mixed, weight = self._mixed(batch, n)
+        with self._autocast():
+            logits = self.forward(mixed.images)
+        loss = mixed.loss(logits.float())
+        return loss, weight, (logits.detach(), mixed.labels, loss.detach())
+
+    def _first_nonfinite(self, batch: Batch, n: int) -> str | None:
+        with self._autocast():
+            return first_nonfinite(self.model, self._mixed(batch, n)[0].images)
+
+    def _validate(self) -> dict[str, float]:
+        """The validation columns of a row."""
+        sums, corrupt = validate(
+            self.model, self.val_loader, self.config, self.device, self._black() if self.sharded else None
+        )
+        self._note(corrupt)
+        return {f"val_{name}": value for name, value in sums.over(self.processes).means().items()}
+
+    def _line(self, row: dict[str, float]) -> str:
+        return (
+            f"epoch {self.epoch}: lr {row['lr']:.4g}, loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, "
+            f"top-1 {row['top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
+            f"top-5 {row['val_top5']:.2f} %; {row['images_per_second']:.0f} images/s"
+        )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -166,16 +240,16 @@ class Run:
                     self.log.start(self.epoch)
                 self._announce()
                 with naming_dead_workers(self.train_loader.loader.num_workers):
-                    while self.epoch <= self.config.schedule.epochs:
+                    while not self.finished:
                         self._train_epoch()
             except (OSError, WorkerDied) as error:
                 kind = WorkerDied if isinstance(error, WorkerDied) else OSError
-                how = "" if self._saved_step is None else f" Go on with: {to_resume(self.directory)}"
+                how = "" if self._saved_step is None else f" Go on with: {to_resume(self.directory, self.COMMAND)}"
                 raise kind(f"{error};{self._last_good()}{how}") from error
             finally:
                 if self.log is not None:
                     self.log.close()
-        return self.rows[-1]
+        return self.rows[-1] if self.rows else {}
 
     def _announce(self) -> None:
         """The arithmetic of the recipe, whose learning rates and batches are per GPU."""
@@ -187,13 +261,12 @@ class Run:
             )
 
     def _train_epoch(self) -> None:
-        schedule.apply(self.optimizer, self.base_lr, self.epoch, self.config.schedule)
+        self._set_rates()
         start, before = time.perf_counter(), self.sums.over(self.processes).examples
         self.model.train()
-        title = f"epoch {self.epoch}/{self.config.schedule.epochs}"
         order = self.train_loader.order
         order.start, done = self.examples, self.examples // order.step_size
-        with progress(done + order.steps, done, title, self.processes.main) as bar:
+        with progress(done + order.steps, done, self._title(), self.processes.main) as bar:
             batches: list[Batch] = []
             for batch in self.train_loader.batches(self.epoch, self.examples):
                 batches.append(batch)
@@ -208,6 +281,8 @@ class Run:
                     rate, loss = (sums.examples - before) / (time.perf_counter() - start), sums.means()["loss"]
                     bar.set_postfix_str(f"{rate:.0f} images/s, loss {loss:.3f}, penalty {penalty:.4g}", refresh=False)
                 self._after_step()
+                if self.finished:
+                    break
         sums, seconds = self.sums.over(self.processes), time.perf_counter() - start
         self._end_epoch(sums, (sums.examples - before) / seconds, seconds)
 
@@ -225,17 +300,14 @@ class Run:
         # on its way to the host long before it is needed
         scale = OnHost(self.scaler.scale(torch.ones((), device=self.device))) if share_first else None
         self.optimizer.zero_grad(set_to_none=not share_first)  # DDP's buckets stay where they are
-        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        seen: list[tuple[Tensor, tuple[Any, ...]]] = []
         for n, batch in enumerate(batches, 1):
             last = n == len(batches)
             with synchronising(self.wrapped, last):
-                mixed, weight = self._mixed(batch, n)
-                with self._autocast():
-                    logits = self.forward(mixed.images)
-                loss = mixed.loss(logits.float())
-                seen.append((logits.detach(), mixed.labels, loss.detach()))
+                loss, weight, told = self._loss(batch, n)
+                seen.append((loss.detach(), told))
                 if last:
-                    verdict = self._ask([loss for *_, loss in seen])
+                    verdict = self._ask([loss for loss, _ in seen])
                     if scale is not None:
                         self.reg.accumulate_grad_(scale.get())
                 self.scaler.scale(loss * (weight / len(batches))).backward()
@@ -251,9 +323,9 @@ class Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for batch, (logits, y, loss) in zip(batches, seen, strict=True):
+        for batch, (_, told) in zip(batches, seen, strict=True):
             if batch.images is not None:
-                self.sums.add(logits, y, loss)
+                self.sums.add(*told)
 
     def _ask(self, losses: list[Tensor]) -> OnHost:
         """Two numbers for all processes: size - rank of the first one whose loss is not finite, else 0; and the signal
@@ -265,7 +337,7 @@ class Run:
         every = self.config.checkpoint.every_steps
         if self._stop:
             self.save()
-            raise Interrupted(self._stop, self.step, self.directory)
+            raise Interrupted(self._stop, self.step, to_resume(self.directory, self.COMMAND))
         if every and self.step % every == 0:
             self.save()
 
@@ -280,22 +352,14 @@ class Run:
             "images_per_second": rate,
             "seconds": seconds,
         }
-        sums, corrupt = validate(
-            self.model, self.val_loader, self.config, self.device, self._black() if self.sharded else None
-        )
-        self._note(corrupt)
-        row |= {f"val_{name}": value for name, value in sums.over(self.processes).means().items()}
+        row |= self._validate()
         row["corrupt_images"] = len(self.all_corrupt())
         self.rows.append(row)
         if self.log is not None:
             self.log.add(row)
-            self.processes.say(
-                f"epoch {self.epoch}: lr {row['lr']:.4g}, loss {row['loss']:.4f}, penalty {row['penalty']:.4g}, "
-                f"top-1 {row['top1']:.2f} %; validation loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
-                f"top-5 {row['val_top5']:.2f} %; {rate:.0f} images/s"
-            )
-        best, done = row["val_top1"] > self.best, self.epoch
-        self.best = max(self.best, row["val_top1"])
+            self.processes.say(self._line(row))
+        score, done = row.get("val_top1", self.best), self.epoch
+        best, self.best = score > self.best, max(self.best, score)
         self.epoch, self.examples = self.epoch + 1, 0
         self.sums.totals.zero_()
         if best:
@@ -305,17 +369,14 @@ class Run:
             self.save(f"epoch-{done}")
         self.save()
         self._stop = int(self.processes.largest(torch.tensor(float(self._signals.received), device=self.device)).get())
-        if self._stop and self.epoch <= self.config.schedule.epochs:
-            raise Interrupted(self._stop, self.step, self.directory)
+        if self._stop and not self.finished:
+            raise Interrupted(self._stop, self.step, to_resume(self.directory, self.COMMAND))
 
     # -- what can go wrong ------------------------------------------------------------------------------------------
 
     def _diverged(self, batches: list[Batch], rank: int) -> None:
         """All processes look for the layer, for a sharded forward pass needs all of them; `rank` has the loss."""
-        layers = []
-        for n, batch in enumerate(batches, 1):
-            with self._autocast():
-                layers.append(first_nonfinite(self.model, self._mixed(batch, n)[0].images))
+        layers = [self._first_nonfinite(batch, n) for n, batch in enumerate(batches, 1)]
         found = next((layer for layer in layers if layer), None)
         raise Diverged(
             self.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,12 @@ class Log:
     """metrics.csv and TensorBoard's events in the run's directory."""
 
     directory: Path
+    own: Sequence[str] = COLUMNS
 
     def __post_init__(self) -> None:
         self.path: Path = self.directory / "metrics.csv"
         self.events: Path = self.directory / "tensorboard"
-        self.columns: list[str] = list(COLUMNS)
+        self.columns: list[str] = list(self.own)
         self.writer: Any = None
 
     def start(self, epoch: int) -> None:
@@ -113,7 +115,7 @@ class Log:
             raise ValueError(f"{self.path} is no CSV file: {error}; mend it, or move it away") from error
         if header and "epoch" not in header:
             raise ValueError(f"{self.path} is no table of a run: its columns are {few(header)}; move it away")
-        self.columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
+        self.columns = [*self.own, *(name for name in header if name not in self.own)]
         for row in rows:
             if None in row:
                 raise ValueError(

@@ -13,6 +13,6 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def to_resume(directory: Path) -> str:
+def to_resume(directory: Path, command: str = "train") -> str:
     """The command that goes on with the run in `directory`, as it can be pasted into a shell."""
-    return f"isonet-fast train --resume {shlex.quote(str(directory))}"
+    return f"isonet-fast {command} --resume {shlex.quote(str(directory))}"

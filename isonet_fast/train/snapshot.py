@@ -31,6 +31,7 @@ def take(run: Run) -> dict[str, Any]:
         generators["cuda"] = torch.cuda.get_rng_state(run.device)
     mine = {"random": generators, "sums": run.sums.totals.cpu(), "penalty": run.penalty.cpu()}
     return {
+        "command": run.COMMAND,
         "config": run.config.as_dict(),
         "classes": [run.source.num_classes, run.source.channels],
         "images": len(run.source.train),

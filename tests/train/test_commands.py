@@ -155,7 +155,7 @@ def test_out_of_memory(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("isonet_fast.train.commands.launch.Run", fails)
+    monkeypatch.setattr("isonet_fast.train.loop.Run.fit", fails)
     assert main(["train", "--config", "isonet_digits", "--output", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("isonet-fast: out of memory; try a smaller data.batch_size") and said.count("\n") == 1

@@ -1,10 +1,11 @@
-"""`isonet-fast train`: from the command line's words to a run, new or resumed, of one process or of torchrun's."""
+"""`isonet-fast train` and `detect`: from the words of a command line to a run, new or resumed, alone or by torchrun."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,31 @@ def settings(args: argparse.Namespace) -> list[str]:
     return [*flags, *args.set]
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """What one command trains."""
+
+    config: Any  # the dataclass of its configuration
+    run: type[Run]
+    rules: Mapping[str, resuming.Rule]
+
+    def load(self, *args: Any) -> Any:
+        return config.load_as(self.config, *args)
+
+
+CLASSIFIER = Kind(Config, Run, resuming.RULES)
+
+
+def run(args: argparse.Namespace, kind: Kind = CLASSIFIER) -> None:
     with distributed.processes() as processes:
         if args.resume is not None:
             if args.output is not None:
                 raise ValueError("--resume goes on in its own directory; leave --output out")
             processes.from_main(lambda: checkpoint.expect_any(args.resume))  # before anything is written there
             with _locked(args.resume, processes):
-                _resume(args, args.resume, processes)
+                _resume(args, args.resume, processes, kind)
         else:
-            _start(args, processes)
+            _start(args, processes, kind)
 
 
 @contextmanager
@@ -51,20 +67,20 @@ def _locked(directory: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def _start(args: argparse.Namespace, processes: Processes) -> None:
+def _start(args: argparse.Namespace, processes: Processes, kind: Kind) -> None:
     if args.config is None:
-        raise ValueError(f"say what to train with --config: {', '.join(config.presets())}, or a YAML file")
-    settled = config.load(args.config, [*data(args), *settings(args)])
+        raise ValueError(f"say what to train with --config: {', '.join(config.presets(kind.config))}, or a YAML file")
+    settled = kind.load(args.config, [*data(args), *settings(args)])
     directory = args.output or Path("runs") / Path(args.config).stem
-    processes.from_main(lambda: _goes_on(directory))  # before anything is written there
+    processes.from_main(lambda: _goes_on(directory, kind))  # before anything is written there
     with _locked(directory, processes):
-        if processes.from_main(lambda: _claim(directory)):
-            _resume(args, directory, processes)
+        if processes.from_main(lambda: _claim(directory, kind)):
+            _resume(args, directory, processes, kind)
         else:
-            _fit(settled, directory, None, processes)
+            _fit(settled, directory, None, processes, kind)
 
 
-def _goes_on(directory: Path) -> bool:
+def _goes_on(directory: Path, kind: Kind) -> bool:
     """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's, and where
     something else lies there that a run could write over."""
     launch, begun = distributed.launch_name(), directory / _LAUNCH
@@ -72,7 +88,8 @@ def _goes_on(directory: Path) -> bool:
         if launch is not None and begun.exists() and begun.read_text() == launch:
             return True
         raise ValueError(
-            f"{directory} holds a run already: go on with {to_resume(directory)}, or choose another --output"
+            f"{directory} holds a run already: go on with {to_resume(directory, kind.run.COMMAND)}, "
+            "or choose another --output"
         )
     names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
     foreign = [name for name in names if name not in (_LAUNCH, lock.NAME) and not is_temporary(name)]
@@ -81,16 +98,16 @@ def _goes_on(directory: Path) -> bool:
     return False
 
 
-def _claim(directory: Path) -> bool:
+def _claim(directory: Path, kind: Kind) -> bool:
     """`_goes_on`, once the directory is ours; torchrun's name is left in it."""
-    goes_on, launch = _goes_on(directory), distributed.launch_name()
+    goes_on, launch = _goes_on(directory, kind), distributed.launch_name()
     if launch is not None and not goes_on:
         with disk_errors_naming(directory / _LAUNCH):
             (directory / _LAUNCH).write_text(launch)
     return goes_on
 
 
-def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> None:
+def _resume(args: argparse.Namespace, directory: Path, processes: Processes, kind: Kind) -> None:
     """The configuration is the checkpoint's; what is given now on the command line goes over it (`resuming`)."""
     path = processes.from_main(lambda: checkpoint.load_latest(directory)[1])  # one choice, should the last be damaged
     state = checkpoint.load(path)
@@ -98,22 +115,26 @@ def _resume(args: argparse.Namespace, directory: Path, processes: Processes) -> 
         raise ValueError(
             f"{path} holds no run: expected 'config' and 'position' in it, found {few([*map(repr, state)])}"
         )
-    former = config.load(None, (), state["config"])
-    settled = config.load(args.config, [*data(args), *settings(args)], state["config"])
-    changes = resuming.changes(former, settled)
+    begun_by = state.get("command", CLASSIFIER.run.COMMAND)
+    if begun_by != kind.run.COMMAND:
+        raise ValueError(f"{path} is of another command: go on with {to_resume(directory, begun_by)}")
+    former = kind.load(None, (), state["config"])
+    settled = kind.load(args.config, [*data(args), *settings(args)], state["config"])
+    changes = resuming.changes(former, settled, kind.rules)
     position = state["position"]
-    if position["epoch"] > settled.schedule.epochs:
-        processes.say(f"{path} is at the end of its {settled.schedule.epochs} epochs; raise schedule.epochs to go on")
+    if at_end := kind.run.at_end(settled, position):
+        processes.say(f"{path} is at the end of its {at_end} to go on")
         return
     processes.say(f"resuming from {path}: epoch {position['epoch']}, {position['examples']} images of it done")
     if changes:
         processes.say(f"from here on with {', '.join(changes)}")
-    _fit(settled, directory, state, processes)
+    _fit(settled, directory, state, processes, kind)
 
 
-def _fit(settled: Config, directory: Path, state: dict[str, Any] | None, processes: Processes) -> None:
-    row = Run(settled, directory, state, processes).fit()
-    processes.say(f"done: validation top-1 {row['val_top1']:.2f} %; checkpoints and metrics.csv in {directory}")
+def _fit(settled: Any, directory: Path, state: dict[str, Any] | None, processes: Processes, kind: Kind) -> None:
+    trained = kind.run(settled, directory, state, processes)
+    trained.fit()
+    processes.say(f"done: {trained.outcome()}; checkpoints and metrics.csv in {directory}")
 
 
 def data(args: argparse.Namespace) -> list[str]:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..distributed import ALONE, Processes
@@ -30,14 +29,14 @@ class WorkerDied(RuntimeError):
 _IN_A_ROW = 100  # so many unreadable images are no accident of images: their disk is gone
 
 Key = tuple[int, int]  # epoch (0 when evaluating), index
-Item = tuple[Tensor, int] | Corrupt | OSError  # raised in a worker, an error would bring its traceback as its message
+Item = tuple[Any, Any] | Corrupt | OSError  # raised in a worker, an error would bring its traceback as its message
 
 
 class Batch(NamedTuple):
     """Examples, and those that could not be read; `images` is None when none could."""
 
-    images: Tensor | None
-    labels: Tensor
+    images: Any  # a tensor; for detection a list of them
+    labels: Any
     corrupt: list[Corrupt]
 
 
@@ -103,7 +102,7 @@ class _Items(Dataset):
                 image, label = self.examples[index]
             except (Corrupt, OSError) as error:
                 return error
-        return image, int(label)
+        return image, label
 
 
 class Loader:
@@ -184,8 +183,10 @@ def _collate(items: list[Item]) -> Batch | OSError:
         return failed[0]
     corrupt = [item for item in items if isinstance(item, Corrupt)]
     good = [item for item in items if isinstance(item, tuple)]
-    images = torch.stack([image for image, _ in good]) if good else None
-    return Batch(images, torch.tensor([label for _, label in good], dtype=torch.long), corrupt)
+    if not good or isinstance(good[0][1], dict):  # images of several sizes, with what is in them
+        return Batch([image for image, _ in good] or None, [label for _, label in good], corrupt)
+    labels = torch.tensor([int(label) for _, label in good], dtype=torch.long)
+    return Batch(torch.stack([image for image, _ in good]), labels, corrupt)
 
 
 def _forkserver() -> multiprocessing.context.BaseContext | None:

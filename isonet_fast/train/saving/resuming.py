@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-from ..config import Config
 
 
 class Rule(NamedTuple):
@@ -64,14 +63,14 @@ RULES = {
 }
 
 
-def changes(former: Config, now: Config) -> list[str]:
+def changes(former: Any, now: Any, rules: Mapping[str, Rule] = RULES) -> list[str]:
     """What differs, as "optimizer.lr 0.01 -> 0.02"; ValueError that names the keys that must not."""
     old, new = flat(former.as_dict()), flat(now.as_dict())
     differing = [key for key in new if new[key] != old[key]]
     refused = [
-        f"{key} must stay {old[key]!r}, got {new[key]!r} ({RULES[key].why})"
+        f"{key} must stay {old[key]!r}, got {new[key]!r} ({rules[key].why})"
         for key in differing
-        if not RULES[key].effective
+        if not rules[key].effective
     ]
     if refused:
         raise ValueError(f"a resumed run keeps its network and its seed: {'; '.join(refused)}")
