@@ -185,7 +185,7 @@ def _hint(parts: Sequence[str], kind: Any) -> Any:
     """The type of a key's value; None for an unknown key."""
     hint: Any = kind
     for part in parts:
-        hint = typing.get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+        hint = _hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
     return hint
 
 
@@ -206,10 +206,16 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, class variables apart."""
+    hints = typing.get_type_hints(kind)
+    return {one.name: hints[one.name] for one in dataclasses.fields(kind)}
+
+
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where.rstrip('.')} is a section of keys, got {_short(values)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     arguments = {}
     for key, value in values.items():
         if key not in hints:
@@ -228,12 +234,7 @@ def _known(where: str, hints: Mapping[str, Any]) -> list[str]:
         return list(hints)
     return [
         *hints,
-        *(
-            f"{key}.{inner}"
-            for key, hint in hints.items()
-            if dataclasses.is_dataclass(hint)
-            for inner in typing.get_type_hints(hint)
-        ),
+        *(f"{key}.{inner}" for key, hint in hints.items() if dataclasses.is_dataclass(hint) for inner in _hints(hint)),
     ]
 
 

@@ -13,12 +13,13 @@ import torch
 from ... import __version__, environment
 from .. import config, distributed
 from ..data.loader import WorkerDied
+from ..detection.config import DetectionConfig
 from ..divergence import Diverged
 from ..interrupts import Interrupted
 from ..paths import user_path
 from ..tables.plan import SCALES
 from ..terminal import lasting_output, printable
-from . import demo, evaluate, launch, table
+from . import demo, detect, evaluate, launch, table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--output", type=_path, default=Path("runs/demo"), metavar="DIR")
     add.set_defaults(run=lambda args: demo.run(args.epochs, args.output, args.seed, args.lr))
     _add_train(commands)
+    _add_detect(commands)
     _add_table(commands)
     _add_evaluate(commands)
     add = commands.add_parser("report", help="how isometric a checkpoint is: singular values of every convolution")
@@ -69,6 +71,20 @@ def _add_train(commands: Any) -> None:
     add.set_defaults(run=launch.run)
 
 
+def _add_detect(commands: Any) -> None:
+    add = commands.add_parser("detect", help="train Mask R-CNN on COCO and evaluate it")
+    names = ", ".join(config.presets(DetectionConfig))
+    add.add_argument("--config", metavar="NAME", help=f"a preset ({names}) or a YAML file")
+    add.add_argument("--output", type=_path, metavar="DIR", help="where the run is kept (default runs/NAME)")
+    add.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR, from its last checkpoint")
+    add.add_argument("--data", metavar="coco:DIR", help="DIR/annotations/, DIR/train2017/, DIR/val2017/")
+    _add_set(add)
+    _add_strict(add)
+    add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
+    add.add_argument("--accumulate", type=int, metavar="K", help="parts of a process's share of a batch (default 1)")
+    add.set_defaults(run=detect.run)
+
+
 def _add_table(commands: Any) -> None:
     add = commands.add_parser(
         "table", help="a table of the paper: train what is missing of its rows, write it, draw it"
@@ -93,6 +109,10 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_common(add: argparse.ArgumentParser) -> None:
     _add_data(add)
+    _add_strict(add)
+
+
+def _add_strict(add: argparse.ArgumentParser) -> None:
     add.add_argument("--strict", action="store_true", help="a corrupt image is an error, not skipped")
 
 
@@ -102,6 +122,10 @@ def _add_data(add: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="imagefolder:DIR, cifar10:DIR, cifar100:DIR, digits[:SIZE] or synthetic[:IMAGES]",
     )
+    _add_set(add)
+
+
+def _add_set(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any value, for example optimizer.lr=0.02"
     )

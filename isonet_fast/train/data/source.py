@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,8 +28,8 @@ class Corrupt(Exception):
 class Examples(Protocol):
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        """float32 (C, H, W) and its label; raises Corrupt."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        """float32 (C, H, W) and its label, for detectors a dict of what is in it; raises Corrupt."""
 
 
 @dataclass

@@ -62,7 +62,7 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
-_TEMPORARY = re.compile(r"\.(latest|previous|best|epoch-\d+|metrics)-[0-9a-f]{8}\.tmp\.(pt|dcp|csv)")
+_TEMPORARY = re.compile(r"\.(latest|previous|best|epoch-\d+|metrics|evaluation)-[0-9a-f]{8}\.tmp\.(pt|dcp|csv|json)")
 
 
 def is_temporary(name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Object detection on COCO: data, training, evaluation."""
