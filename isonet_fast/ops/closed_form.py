@@ -1,12 +1,13 @@
 """The orthogonality penalty and its gradient in closed form, on any device: batched matrix products, no autograd graph.
 
 Every layer is computed in one of two forms, given as ("overlap", offsets) or ("frequency", frequencies): see
-overlap_form.py and frequency_form.py. Layers of one shape form one batch, so a deep network of small layers costs a few
-large calls.
+overlap_form.py and frequency_form.py. Small layers of one shape form a batch, so a deep network of them costs a few
+large calls; a large layer is one by itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from ..dtypes import wide
 from ..geometry import Layer
 from . import frequency_form, overlap_form
 
+BATCH = 2**19  # elements of the layers that are computed together
 FORMS = {"overlap": overlap_form, "frequency": frequency_form}
 Work = tuple[str, tuple[tuple[int, ...], ...]]  # a form, and units of it
 
@@ -37,15 +39,19 @@ def evaluate(
     widest = max((wide(w.dtype) for w in weights), key=lambda d: d.itemsize, default=torch.float32)
     losses = torch.zeros(len(weights), dtype=widest, device=weights[0].device if weights else None)
     with torch.autocast(losses.device.type, enabled=False):
-        for (layer, (name, units), dtype, _), members in batches.items():
+        for (layer, (name, units), dtype, _), alike in batches.items():
             form = FORMS[name]
-            taps = torch.stack([form.pack(_grouped(weights[n].detach().to(dtype), layer), layer) for n in members])
-            batch_losses, grad = form.batch(taps.flatten(0, 1), layer, units, sink is not None)
-            constant = 0.0 if any(units[0]) else layer.constant
-            losses[members] = (batch_losses.view(len(members), layer.groups).sum(1) - constant).to(widest)
-            if sink is not None and grad is not None:
-                for n, g in zip(members, grad.unflatten(0, (len(members), layer.groups)), strict=True):
-                    sink(n, _ungrouped(form.unpack(g, layer), layer))
+            together = max(1, BATCH // max(1, math.prod(layer.shape)))
+            for first in range(0, len(alike), together):
+                members = alike[first : first + together]
+                packed = [form.pack(_grouped(weights[n].detach().to(dtype), layer), layer) for n in members]
+                taps = packed[0] if len(packed) == 1 else torch.cat(packed)
+                batch_losses, grad = form.batch(taps, layer, units, sink is not None)
+                constant = 0.0 if any(units[0]) else layer.constant
+                losses[members] = (batch_losses.view(-1, layer.groups).sum(1) - constant).to(widest)
+                if sink is not None and grad is not None:
+                    for n, g in zip(members, grad.unflatten(0, (-1, layer.groups)), strict=True):
+                        sink(n, _ungrouped(form.unpack(g, layer), layer))
     return losses
 
 

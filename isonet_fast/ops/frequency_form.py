@@ -8,10 +8,11 @@ for |t| >= m, so that n = 2 m - 1 frequencies per dimension hold it without wrap
     loss = 1/(2n) * sum over w of || R ||_F^2               dL/dB_q = 2/n * sum over w of Re(e^{iwq} R B(w))
 
 Frequencies other than 0 come in conjugate pairs, of which one is computed. For a pair two real products give R and
-three give R B (Gauss); by definition each would take four:
+three give R B (Gauss); by definition each would take four. U = Re R + Im R says everything about R, since Re R is
+symmetric and Im R is not: Re R - Im R = U^T, and || R ||^2 = || U ||^2.
 
-    E = (C + S)(C + S)^T,  P = C S^T:      Re R = E - P - P^T - I,   Im R = P - P^T
-    D = Re R (C - S):                      Re(R B) = D + (Re R + Im R) S,   Im(R B) = D + (Im R - Re R) C
+    X = C + S:         U = X X^T - 2 S C^T - I
+    D = Re R X:        Re(R B) = D - U^T S,   Im(R B) = U C - D          Re R = (U + U^T) / 2
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from ..geometry import Frequency, Layer
 
-# Elements of scratch memory: so many pairs (layer, frequency) at a time as fit, at least one.
-SCRATCH = 2**21
-MATRICES_PER_PAIR = 10
+# Elements of C and S together: so many pairs at a time as fit.
+SCRATCH = 2**22
+# Elements of a few pairs with their products: so many that every thread has some, in its second-level cache.
+CACHE = 2**19
 
 
 def pack(taps: Tensor, layer: Layer) -> Tensor:
@@ -62,16 +64,13 @@ def batch(
     losses = blocks.new_zeros(len(blocks), dtype=None if blocks.device.type == "mps" else torch.float64)
     grads = torch.zeros_like(blocks) if want_grad else None
     pairs = [w for w in frequencies if any(w)]
-    together = max(1, SCRATCH // (MATRICES_PER_PAIR * layer.rows * max(layer.rows, blocks.shape[-1])))
-    for first in range(0, len(blocks), together):
-        some = slice(first, first + together)
-        grad = None if grads is None else grads[some]
-        if len(pairs) < len(frequencies):
-            losses[some] += _at_zero(blocks[some], grad)
-        per_slice = max(1, together // len(blocks[some]))
-        for at in range(0, len(pairs), per_slice):
-            cos, sin = _waves(layer.periods, layer.grid, tuple(pairs[at : at + per_slice]), blocks.dtype, blocks.device)
-            losses[some] += _at_pairs(blocks[some], cos, sin, grad)
+    at_once = max(1, SCRATCH // (2 * len(blocks) * layer.rows * blocks.shape[-1]))
+    if len(pairs) < len(frequencies):
+        losses += _at_zero(blocks, grads)
+    for first in range(0, len(pairs), at_once):
+        some = tuple(pairs[first : first + at_once])
+        cos, sin = _waves(layer.periods, layer.grid, some, blocks.dtype, blocks.device)
+        losses += _at_pairs(blocks, cos, sin, grads)
     n = math.prod(layer.grid)
     return losses.div_(2 * n), None if grads is None else grads.mul_(2 / n)
 
@@ -88,22 +87,30 @@ def _at_zero(blocks: Tensor, grad: Tensor | None) -> Tensor:
 
 def _at_pairs(blocks: Tensor, cos: Tensor, sin: Tensor, grad: Tensor | None) -> Tensor:
     """|| R ||^2 summed over w and -w for each row of `cos` and `sin`, (B,). Their gradient is added to `grad`."""
-    _, _, rows, columns = blocks.shape
+    layers, _, rows, columns = blocks.shape
     flat = blocks.flatten(2)
-    c, s = (torch.matmul(wave, flat).view(-1, rows, columns) for wave in (cos, sin))
-    mixed = c + s
-    real, p = torch.bmm(mixed, mixed.mT), torch.bmm(c, s.mT)
-    real.sub_(p).sub_(p.mT).diagonal(dim1=1, dim2=2).sub_(1)
-    imaginary = p - p.mT
-    squares = real.square().sum((1, 2)) + imaginary.square().sum((1, 2))
+    there = [wave.expand(layers, -1, -1) for wave in (cos, sin)]
+    c, s = (torch.bmm(wave, flat).view(-1, rows, columns) for wave in there)
+    few = max(2, CACHE // (4 * rows * max(rows, columns)))
+    squares = torch.cat([_products(*pairs, grad is not None) for pairs in zip(c.split(few), s.split(few), strict=True)])
     if grad is not None:
-        d = torch.bmm(real, torch.sub(c, s, out=mixed))
-        re = torch.baddbmm(d, torch.add(real, imaginary, out=p), s)
-        im = torch.baddbmm(d, imaginary.sub_(real), c)
-        for part, wave, sign in ((re, cos, 2), (im, sin, -2)):
-            back = wave.T.expand(len(blocks), -1, -1)
-            grad.flatten(2).baddbmm_(back, part.view(len(blocks), len(wave), -1), alpha=sign)
-    return 2 * squares.view(len(blocks), -1).sum(1)
+        for part, wave, sign in ((c, there[0], 2), (s, there[1], -2)):
+            grad.flatten(2).baddbmm_(wave.mT, part.view(layers, len(cos), -1), alpha=sign)
+    return 2 * squares.view(layers, -1).sum(1)
+
+
+def _products(c: Tensor, s: Tensor, want_grad: bool) -> Tensor:
+    """|| R ||^2 of each pair. Re(R B) and Im(R B) are written over C and S."""
+    x = c + s
+    u = torch.bmm(x, x.mT).baddbmm_(s, c.mT, alpha=-2)
+    u.diagonal(dim1=1, dim2=2).sub_(1)
+    if want_grad:
+        im = torch.bmm(u, c)
+        d = torch.bmm(torch.lerp(u, u.mT, 0.5), x, out=c)
+        im.sub_(d)
+        d.baddbmm_(u.mT, s, alpha=-1)
+        s.copy_(im)
+    return u.square_().sum((1, 2))
 
 
 @functools.lru_cache(maxsize=256)

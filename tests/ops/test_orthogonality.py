@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer, split_work
-from isonet_fast.ops import orthogonality, overlap_form
+from isonet_fast.ops import closed_form, orthogonality, overlap_form
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem, read
 
@@ -339,13 +339,15 @@ def test_half_of_the_offsets_covers_all():
     assert set(half) | mirrored == every and set(half) & mirrored == {(0, 0)}
 
 
-def test_layers_of_one_shape_are_one_batch(monkeypatch, device):
+@pytest.mark.parametrize("most, batches", [(2**19, [5, 1]), (3 * 576, [3, 2, 1]), (1, [1] * 6)])
+def test_layers_of_one_shape_are_a_batch_as_far_as_the_limit(most, batches, monkeypatch, device):
+    monkeypatch.setattr(closed_form, "BATCH", most)
     sizes = []
     original = overlap_form.batch
     monkeypatch.setattr(overlap_form, "batch", lambda taps, *rest: sizes.append(len(taps)) or original(taps, *rest))
     weights = [torch.randn(8, 8, 3, 3, dtype=torch.double, device=device) for _ in range(5)]
     functional.orthogonality_loss([*weights, weights[0].flatten(1)])
-    assert sizes == [5, 1]
+    assert sizes == batches
 
 
 @both_forms
