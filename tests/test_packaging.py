@@ -73,6 +73,25 @@ def test_setuptools_that_cannot_build_wheels_says_what_to_install(sources):
     assert result.stderr.count("\n") == 1
 
 
+def test_a_build_without_cmake_names_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("ISONET_FAST_KERNELS", raising=False)
+    monkeypatch.chdir(ROOT)
+    names = runpy.run_path("setup.py")
+    names["obstacle"].__globals__["executable"] = lambda name: None if name == "cmake" else name
+    assert names["obstacle"]() == "cmake was not found"
+
+
+@pytest.mark.parametrize("version, field", [("65.5.0", "license"), ("77.0.3", "license_expression")])
+def test_the_licence_has_the_form_that_setuptools_reads(monkeypatch, version, field):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.chdir(ROOT)
+    names = runpy.run_path("setup.py")
+    monkeypatch.setattr(names["setuptools"], "__version__", version)
+    assert names["licence"]() == {field: "MIT"}
+
+
 @pytest.mark.parametrize("torch_cuda, asked, expected", [
     (None, None, "OFF"), ("13.0", None, "AUTO"), (None, "1", "ON"), ("13.0", "0", "OFF"),
 ])  # fmt: skip

@@ -126,18 +126,30 @@ def test_aotinductor(tmp_path):
         torch.testing.assert_close(module(IMAGES[:batch]), net(IMAGES[:batch]), rtol=1e-4, atol=1e-5)
 
 
-def test_quantised_after_export():
-    """PT2E: int8 convolutions of an exported network, within 5 % of the largest logit."""
+def matrix_products(graph):
+    """For every convolution and linear layer, whether its input and its weight come from int8."""
+    products = [n for n in graph.nodes if n.target in (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)]
+    return [all("dequantize" in str(node.target) for node in product.args[:2]) for product in products]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_quantised_after_export(residual, dynamic):
+    """PT2E: every convolution and linear layer of an exported network in int8, within 5 % of the largest logit.
+
+    Strict export, because the quantizer knows a convolution by the function that was called."""
     pytest.importorskip("torchao", reason="PT2E lives in torchao")
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    net = network()
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(exported(net).module(), quantizer)
+    net = network(residual)
+    configuration = x86.get_default_x86_inductor_quantization_config(is_dynamic=dynamic)
+    program = exported(net, strict=True).module()
+    assert matrix_products(program.graph) == [False] * (10 if residual else 8)
+    prepared = prepare_pt2e(program, x86.X86InductorQuantizer().set_global(configuration))
     prepared(IMAGES)
     quantised = convert_pt2e(prepared)
-    assert any("quantize_per_channel" in name for name in operators(quantised.graph))
+    assert matrix_products(quantised.graph) == [True] * (10 if residual else 8)
     expected = net(IMAGES)
     assert 0 < (quantised(IMAGES) - expected).abs().max() < 0.05 * expected.abs().max()
 
