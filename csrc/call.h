@@ -2,7 +2,8 @@
 //
 // All tensors of a call share dtype, extent and memory order. The bias is rounded to that dtype before it is compared,
 // the scale is not. Gradients of the two are accumulated in float32 (float64 for float64; a short sum on the CPU too) in a
-// fixed order, and rounded once to their dtype. A forward may write over a tensor that it reads; the gradients may not overlap their inputs.
+// fixed order, and rounded once to their dtype. A forward may write over a tensor that it reads; the gradients may not
+// overlap their inputs.
 #pragma once
 
 #include "tensor.h"
