@@ -74,7 +74,7 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
         for save in (True, False):
             name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
             options = tiles.gram_options(variant, gram, save)
-            yield Case(name, _gram_kernel, signature, options, 4 if fast else 2, fast)
+            yield Case(name, _gram_kernel, signature, options, 6 if fast else 2, fast)
     for grad in variant.grad:
         signature = {
             "residual": plane(grad.rows, grad.depth),

@@ -45,6 +45,27 @@ TILE_HALVES = field(GRAM, "halves")
 
 
 @triton.jit
+def _place(
+    it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Rows and column at which a step of the loop reads, relative to the tile's first."""
+    tap = it // chunks
+    chunk = it % chunks
+    line = tap // width
+    row = (line // height) * depth_step + (line % height) * height_step + (tap % width) * width_step
+    return row + chunk // (PANEL // CHUNK) * panel_rows, chunk % (PANEL // CHUNK) * CHUNK
+
+
+@triton.jit
+def _rows(plane, row, column, inside, TMA: tl.constexpr):
+    """A tile of a plane."""
+    if TMA:
+        return plane.load([row, column])
+    else:
+        return tl.load(plane + (row.to(tl.int64) * PANEL + column) + inside)
+
+
+@triton.jit
 def _gram_kernel(
     hi,  # bf16 (rows, PANEL), a descriptor or a pointer; float32 if there is one plane
     lo,  # A - hi, the same
@@ -69,6 +90,7 @@ def _gram_kernel(
     width_step = tl.load(tile + TILE_WIDTH_STEP)
     panel_rows = tl.load(tile + TILE_PANEL_ROWS)
     chunks = tl.load(tile + TILE_COLUMNS) // CHUNK
+    steps = depth * height * width * chunks
     r = tl.arange(0, BLOCK)
     c = tl.arange(0, BLOCK)
     k = tl.arange(0, CHUNK)
@@ -76,40 +98,34 @@ def _gram_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     # Tensor cores truncate as they add: the small products get accumulators of their own
     acc_hl = tl.zeros((BLOCK, BLOCK), tl.float32)
-    acc_lh = tl.zeros((BLOCK, BLOCK), tl.float32)
-    # One flat loop: around an inner one, Blackwell would carry all three accumulators in registers
-    for it in tl.range(0, depth * height * width * chunks):
-        tap = it // chunks
-        chunk = it % chunks
-        line = tap // width
-        row = (line // height) * depth_step + (line % height) * height_step + (tap % width) * width_step
-        row += chunk // (PANEL // CHUNK) * panel_rows
-        column = chunk % (PANEL // CHUNK) * CHUNK
-        if TMA:
-            a_hi = hi.load([a_row + row, column])
-            b_hi = hi.load([b_row + row, column])
-            a_lo = lo.load([a_row + row, column])
-            b_lo = lo.load([b_row + row, column])
-        else:
-            a_at = (a_row + row).to(tl.int64) * PANEL + column
-            b_at = (b_row + row).to(tl.int64) * PANEL + column
-            a_hi = tl.load(hi + a_at + inside)
-            b_hi = tl.load(hi + b_at + inside)
-            if PRODUCTS == 3:
-                a_lo = tl.load(lo + a_at + inside)
-                b_lo = tl.load(lo + b_at + inside)
-        if PRODUCTS == 1:
-            acc = tl.dot(a_hi, b_hi.T, acc, input_precision="ieee")
-        elif TMA:
-            acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
-            acc_lh = tl.dot(a_lo, b_hi.T, acc_lh)
-            acc = tl.dot(a_hi, b_hi.T, acc)
-        else:  # mma holds operands in registers too: the two small products share an accumulator
-            acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
-            acc_hl = tl.dot(a_lo, b_hi.T, acc_hl)
-            acc = tl.dot(a_hi, b_hi.T, acc)
-    if PRODUCTS == 3:
-        acc += acc_hl + acc_lh
+    if (PRODUCTS == 3) and (a_row == b_row):  # on the diagonal of t = 0: half the loads, and lo hi^T = (hi lo^T)^T
+        for it in tl.range(0, steps):
+            row, column = _place(it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK)
+            a_hi = _rows(hi, a_row + row, column, inside, TMA)
+            a_lo = _rows(lo, a_row + row, column, inside, TMA)
+            acc_hl = tl.dot(a_hi, a_lo.T, acc_hl)
+            acc = tl.dot(a_hi, a_hi.T, acc)
+        acc += acc_hl + acc_hl.T
+    else:
+        acc_lh = tl.zeros((BLOCK, BLOCK), tl.float32)
+        # One flat loop: around an inner one, Blackwell would carry all three accumulators in registers
+        for it in tl.range(0, steps):
+            row, column = _place(it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK)
+            a_hi = _rows(hi, a_row + row, column, inside, TMA)
+            b_hi = _rows(hi, b_row + row, column, inside, TMA)
+            if PRODUCTS == 1:
+                acc = tl.dot(a_hi, b_hi.T, acc, input_precision="ieee")
+            else:
+                a_lo = _rows(lo, a_row + row, column, inside, TMA)
+                b_lo = _rows(lo, b_row + row, column, inside, TMA)
+                acc_hl = tl.dot(a_hi, b_lo.T, acc_hl)
+                if TMA:
+                    acc_lh = tl.dot(a_lo, b_hi.T, acc_lh)
+                else:  # mma holds operands in registers too: the two small products share an accumulator
+                    acc_hl = tl.dot(a_lo, b_hi.T, acc_hl)
+                acc = tl.dot(a_hi, b_hi.T, acc)
+        if PRODUCTS == 3:
+            acc += acc_hl + acc_lh
     ones = tl.load(tile + TILE_ONES)
     acc -= tl.where((r[:, None] == c[None, :]) & (r[:, None] < ones), 1.0, 0.0)
     halves = tl.load(tile + TILE_HALVES).to(tl.float32)

@@ -116,9 +116,14 @@ class Plan:
                 for t in p.offsets:
                     one = p.layer.overlap(t) * pad(p.columns, 64) * tile.block**2 * tile.cost
                     longest = max(longest, one)
-                    total += one * p.blocks * (side**2 if any(t) else side * (side + 1) // 2)
+                    total += one * p.blocks * self._gram_products(side, t) / self.variant.products
             time += max(longest, total / MULTIPROCESSORS)
         return time
+
+    def _gram_products(self, side: int, t: Offset) -> int:
+        """Products of tiles for G_t of side x side tiles. On the diagonal of t = 0, hi lo^T and its transpose are one."""
+        products = self.variant.products
+        return products * (side**2 if any(t) else side * (side + 1) // 2) - (products // 3 * side if not any(t) else 0)
 
     def _choose_grad(self) -> list[GradTile]:
         """The tile of least work for each layer; one for all where a second launch would save less than it costs."""
@@ -178,6 +183,7 @@ class Plan:
                 self.partial_ranges[layers] = np.stack([first + starts, counts], 1)
                 first += len(table)
                 steps = table["depth"].astype(np.int64) * table["height"] * table["width"] * table["columns"]
+                steps *= np.where(table["a_row"] == table["b_row"], 2, 3)  # products of each
                 planes = {n: self.packed[n].plane_rows * PANEL * 4 for n in layers}  # hi and lo
                 self.gram_tiles[tile] = _longest_last_layers_first(table, steps, planes)
 
@@ -274,7 +280,7 @@ class Plan:
         rows = []
         for n, p in enumerate(self.packed):
             gram, grad = self._gram_tile[n], self._grad_tile[n]
-            products = 3 if self.precision is None else 1
+            products = self.variant.products
             useful = padded = tiles = 0
             side = ceil(p.rows, gram.block)
             m, pairs = p.layer.rows, 0
@@ -284,7 +290,7 @@ class Plan:
                 entries = m * (m + 1) // 2 if zero else m * m
                 count = side * (side + 1) // 2 if zero else side * side
                 useful += products * overlap * p.layer.columns * entries * p.layer.groups
-                padded += products * overlap * pad(p.columns, 64) * count * gram.block**2 * p.blocks
+                padded += overlap * pad(p.columns, 64) * self._gram_products(side, t) * gram.block**2 * p.blocks
                 tiles += count * p.blocks
                 pairs += overlap * (1 if zero else 2)
             useful += pairs * m * m * p.layer.columns * p.layer.groups
