@@ -86,7 +86,10 @@ def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
         taps = table["depth"].astype(np.int64) * table["height"] * table["width"]
         steps = taps * (table["columns"] // gram.chunk)
         size = gram.block * gram.chunk
-        step = machine.step_us(2 * plan.variant.products * size * gram.block, 4 * size * 2)
+        product = 2 * size * gram.block
+        step = machine.step_us(3 * product, 4 * size * 2)
+        diagonal = machine.step_us(2 * product, 2 * size * 2)
+        step = np.where(table["a_row"] == table["b_row"], diagonal, step)
         yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step
     done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
     for grad, table in plan.grad_tiles.items():
@@ -107,13 +110,14 @@ def makespan(us: Iterable[float], multiprocessors: int) -> float:
 
 
 def launches(plan: Plan, machine: Machine) -> list[Launch]:
-    """Every launch of a penalty with its gradient, in order."""
+    """Every launch of `accumulate_grad_` that another one waits for, in order."""
     made = [Launch("pack", pack_us(plan, machine), len(plan.pack_tiles), 1.0)] if len(plan.pack_tiles) else []
+    finishing = [machine.finish_us]  # a launch beside the first of the gradient's, which it does not wait for
     for name, us in programs(plan, machine):
+        if name.startswith("grad") and finishing:
+            us, finishing = np.concatenate([finishing, us]), []
         took = makespan(us, machine.multiprocessors)
         made.append(Launch(name, took, len(us), us.sum() / machine.multiprocessors / took))
-    grams = sum(launch.name.startswith(("pack", "gram")) for launch in made)
-    made.insert(grams, Launch("finish", machine.finish_us, 1, 1 / machine.multiprocessors))
     return made
 
 

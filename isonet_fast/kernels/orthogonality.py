@@ -2,6 +2,8 @@
 
     loss: pack, gram (one launch per tile size), finish        gradient: grad (one launch per tile size)
 
+`accumulate_grad_` launches finish on a stream of its own, beside grad.
+
 No launch waits for the host, the same input gives the same bits, and nothing but tables is kept between calls: packed
 planes and residuals belong to the call. A CUDA graph can capture a call once a first one has been made.
 """
@@ -45,8 +47,14 @@ def variant(device: torch.device, precision: str | None) -> str:
     return "tma"
 
 
-def forward(weights: Sequence[Tensor], problem: Problem, save: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`."""
+def forward(
+    weights: Sequence[Tensor], problem: Problem, save: bool, aside: torch.cuda.Stream | None = None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`.
+
+    The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for it before it
+    goes on without these tensors, whose memory is its own.
+    """
     tables = tables_of(problem, weights[0].device)
     plan, device, launch = tables.plan, tables.device, tables.launches
     split = plan.precision is None
@@ -67,11 +75,15 @@ def forward(weights: Sequence[Tensor], problem: Problem, save: bool) -> tuple[Te
             arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
             options = tiles.gram_options(plan.variant, tile, save)
             launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
-        arguments = (
-            loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
-            tables.coefficients.on(stream), len(weights), plan.longest_range,
-        )  # fmt: skip
-        launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
+        if aside is not None:
+            aside.wait_stream(stream)
+            stream = aside
+        with contextlib.nullcontext() if aside is None else torch.cuda.stream(aside):
+            arguments = (
+                loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
+                tables.coefficients.on(stream), len(weights), plan.longest_range,
+            )  # fmt: skip
+            launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
     return loss, losses, [hi, residual] if save else []
 
 
@@ -106,7 +118,8 @@ def accumulate_grad_(
     tables = tables_of(problem, weights[0].device)
     with _on(tables.device) as stream:
         view = tables.view("add", grads, stream)
-        loss, losses, saved = forward(weights, problem, True)
+        # One program of finish keeps one multiprocessor busy: beside the gradient, which doesn't need the loss
+        loss, losses, saved = forward(weights, problem, True, tables.aside)
         if view is not None and not any(map(Tensor.is_neg, grads)):
             _grad(tables, saved, view, stream, scale=float(scale))
         else:  # formed in float32, added with one rounding
@@ -114,6 +127,8 @@ def accumulate_grad_(
             layout, flat = _grad_to_flat(tables, weights, saved, factor, stream)
             for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
                 grad.add_(addend)
+        if tables.aside is not None:
+            stream.wait_stream(tables.aside)
     return loss, losses
 
 

@@ -94,6 +94,7 @@ class Tables:
     constants: Table
     coefficients: Table
     launches: Launches
+    aside: torch.cuda.Stream | None  # on a GPU, for what need not be waited for
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -105,6 +106,7 @@ class Tables:
         self.constants = Table(plan.constants, device)
         self.coefficients = Table(np.array(plan.coefficients, np.float64), device)
         self.launches = Launches()
+        self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._static = _static_columns(plan)
         # Newest first. Several: gradients that are made anew at every step often alternate between a few places.
         self._views: dict[str, deque[View]] = {role: deque(maxlen=4) for role in ("read", "add")}
