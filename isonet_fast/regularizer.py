@@ -51,7 +51,8 @@ class OrthoRegularizer:
 
     model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
         the network after `fully_shard`. The default filter takes every convolution of it: in a detector also those of
-        the pyramid and the heads, so restrict it to the backbone there, `filter=lambda name, module:
+        the pyramid and the heads (those of `models.detection` have `penalty = None` there and are left out, as any
+        convolution on which you set it), so restrict it to the backbone there, `filter=lambda name, module:
         name.startswith("backbone.body.") and official_filter(name, module)`.
     coeff: a finite number of at least 0, or `callable(name, module)` that gives one, asked once per layer.
     penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
