@@ -52,9 +52,9 @@ def _outcome(result: Result) -> str:
 
 def _largest_stable(first: dict[float | None, Result]) -> str:
     """The largest learning rate whose accuracy is within ten points of the row's best; nothing where even the best is
-    below twice what guessing gives."""
+    below three times what guessing gives."""
     reached = {lr: result.top1 for lr, result in first.items() if lr is not None and result.top1 is not None}
-    if not reached or max(reached.values()) < 200 / next(iter(first.values())).classes:
+    if not reached or max(reached.values()) < 300 / next(iter(first.values())).classes:
         return ""
     return f"{max(lr for lr, top1 in reached.items() if top1 >= max(reached.values()) - 10):g}"
 
@@ -107,21 +107,23 @@ def picture(table: Table, lines: list[dict[str, str]], folder: Path) -> None:
     )
     for n, values in enumerate(done):
         axes[0].barh(n, float(values["top1"] or 0), xerr=float(values["deviation"] or 0), color="#4c72b0")
-        axes[0].text(1, n, _top1(values), va="center", fontsize=8, color="white" if values["top1"] else "black")
+        end = float(values["top1"] or 0) + float(values["deviation"] or 0)
+        axes[0].text(max(end, float(values["published"] or 0)) + 2, n, _top1(values), va="center", fontsize=8)
         if values["published"]:
             axes[0].plot(float(values["published"]), n, "D", color="#c44e52")
         ends = [max(1e-4, float(values[f"{end}_singular_value"])) for end in ("smallest", "largest")]
         axes[1].plot(ends, [n, n], "|-", color="#4c72b0")
         for moment, mark in (("before", "o"), ("after", "x")):
             axes[2].plot(float(values[f"gradient_{moment}"]), n, mark, color="#4c72b0", label=moment if not n else None)
-    axes[0].set(title="top-1 (%); diamond: published", xlim=(0, 100))
+    axes[0].set(title="top-1 (%); diamond: published", xlim=(0, 125), xticks=range(0, 101, 20))
     axes[0].set_yticks(range(len(done)), [values["row"] for values in done])
     axes[0].invert_yaxis()
     axes[1].set(title="singular values", xscale="log")
-    axes[2].set(title="gradient at the first layer / last", xscale="log")
+    axes[2].set(title="gradient, first / last layer", xscale="log")
     axes[2].legend(fontsize=8)
     for axis in axes[1:]:
         axis.axvline(1.0, color="#8c8c8c", linewidth=0.8)
+        axis.minorticks_off()
     figure.suptitle(f"Table {table.number}, {table.scale}: {table.title}")
     path = folder / f"table{table.number}.png"
     with replacing(path) as temporary, disk_errors_naming(path):
