@@ -34,8 +34,9 @@ def srelu(
     unbatched x is understood too: (C, H, W) with 2. The layers' default is "inferred": see `isonet_fast.SReLU`.
 
     y has x's dtype, under autocast too. The bias is a parameter and does not promote: it is rounded to x's dtype once,
-    as autocast rounds the parameters of a convolution. b: C values of any shape and of any dtype that x may have; its
-    gradient has b's dtype and is accumulated in float32 (float64 for a float64 x).
+    as autocast rounds the parameters of a convolution, so y is the result that PyTorch promotes, rounded once. b: C
+    values of any shape and of any dtype that x may have; its gradient has b's dtype and is accumulated in float32
+    (float64 for a float64 x).
 
     `inplace=True` allows y to be written over x, which saves a whole activation behind any operation that does not need
     its own output (a convolution). Use the returned tensor only: y is a new tensor where x is a view that a custom

@@ -206,3 +206,59 @@ def found(net: nn.Module) -> dict[str, int]:
 def test_folding_and_quantisation_find_as_much_as_before_conversion():
     assert found(ordinary()) == {"to quantise": 2, "unfolded": 0, "fused": 2}
     assert found(deconvert(convert(ordinary()))) == found(ordinary())
+
+
+class Block(nn.Module):
+    """The basic block of ResNet-18."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        down = [nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)]
+        self.down = nn.Sequential(*down) if stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second(self.first(x).relu()) + self.down(x)).relu()
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18 with an eighth of its channels: 20 convolutions, each with a BatchNorm."""
+    sizes = [(8, 8, 1), (8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
+    stem = [nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*stem, *(Block(*size) for size in sizes)).eval()
+
+
+def test_the_batchnorms_of_resnet18_fold_as_before_conversion():
+    def left(net: nn.Module) -> int:
+        return sum(isinstance(m, nn.BatchNorm2d) for m in fuse(net).modules())
+
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in resnet18().modules()) == 20
+    assert [left(resnet18()), left(convert(resnet18())), left(deconvert(convert(resnet18())))] == [0, 20, 0]
+
+
+def vgg() -> nn.Module:
+    """Four convolutions, a pooling and a linear layer: five weights to quantise."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 8), (8, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pt2e_quantises_as_much_as_before_conversion():
+    """After `convert` alone it finds the linear layer, unless the network is exported with strict=True."""
+    pytest.importorskip("torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    def quantised(net: nn.Module, strict: bool = False) -> int:
+        example = (torch.randn(1, 3, 4, 4),)
+        graph = torch.export.export(net, example, strict=strict).module()
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(graph, quantizer)
+        prepared(*example)
+        return sum(weight.dtype == torch.int8 for weight in convert_pt2e(prepared).state_dict().values())
+
+    assert [quantised(vgg()), quantised(convert(vgg())), quantised(deconvert(convert(vgg())))] == [5, 1, 5]
+    assert quantised(convert(vgg()), strict=True) == 5

@@ -67,6 +67,30 @@ def test_parameters_do_not_promote(dtype, parameters, autocast):
     torch.testing.assert_close(grads[3].double()[0], (branch.double() * passed).sum(), rtol=rtol, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_float32_parameters_with_half_inputs_are_the_promoted_result_rounded_once(dtype, compiled):
+    """What plain PyTorch promotes to float32, rounded to the inputs' dtype: as its batch_norm, to the last bit."""
+    shortcut, branch, bias, scale = inputs(dtype, dtype, torch.float32, torch.float32)
+    b, h = bias.view(6, 1, 1), branch.float()
+    promoted = (torch.maximum(branch, b), torch.maximum(shortcut + h, b), torch.maximum(shortcut + scale * h, b))
+    assert all(y.dtype == torch.float32 for y in promoted)
+
+    def ours(shortcut, branch, bias, scale):
+        alone, join = functional.srelu(branch, bias), functional.residual_srelu(shortcut, branch, bias)
+        over = functional.srelu(branch * 1, bias, inplace=True)
+        joined_over = functional.residual_srelu(shortcut, branch * 1, bias, inplace=True)
+        return alone, join, functional.residual_srelu(shortcut, branch, bias, scale), over, joined_over
+
+    for autocast in (False, True):
+        torch._dynamo.reset()
+        call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got = call(shortcut, branch, bias, scale)
+        for y, wanted in zip(got, (*promoted, *promoted[:2]), strict=True):
+            assert y.dtype == dtype and torch.equal(y, wanted.to(dtype))
+
+
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float64], ids=str)
 def test_a_large_bias_gradient_does_not_pass_through_float16(parameters):
     """Its 200,000 terms overflow float16, and rounded to it they would be 0.05 % off."""
