@@ -1,5 +1,6 @@
 """Detection: COCO's files and what can be wrong with them, the tiny COCO, AP, and a run that is killed and goes on."""
 
+import csv
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from isonet_fast.import_torchvision import import_torchvision
 from isonet_fast.train import config
@@ -17,6 +19,7 @@ from isonet_fast.train.commands.cli import main
 from isonet_fast.train.detection import coco, shapes
 from isonet_fast.train.detection.config import RULES, DetectionConfig, Steps
 from isonet_fast.train.saving import checkpoint, resuming
+from isonet_fast.train.tables import detection
 
 import_torchvision()
 from isonet_fast.train.detection.run import DetectionRun, factor
@@ -248,3 +251,39 @@ def test_a_run_that_is_killed_goes_on_and_learns(tiny, tmp_path, capfd):
     assert main(["detect", "--resume", str(directory)]) == 0
     found = json.loads((directory / "evaluation.json").read_text())
     assert found["step"] == 100 and found["box_AP50"] > 50 and found["mask_AP50"] > 40, found
+
+
+# -- table 6 -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_table_6_at_full_scale_are_the_published_recipe(capsys):
+    assert main(["table", "6", "--scale", "imagenet", "--dry-run"]) == 0
+    parts = capsys.readouterr().out.split("# table 6")[1:]
+    printed = [yaml.safe_load(part.partition("\n")[2]) for part in parts]
+    presets = ("maskrcnn_risonet50", "maskrcnn_resnet50_frozen", "maskrcnn_resnet50_live")
+    assert printed == [config.load_as(DetectionConfig, name).as_dict() for name in presets]
+
+
+def test_table_6_is_made_once_and_says_what_the_csv_says(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("matplotlib")
+    command = ["table", "6", "--output", str(tmp_path / "t"), *(word for s in SHORT for word in ("--set", s))]
+    command += ["--set", "schedule.steps=2", "--only", "R-ISONet"]
+    assert main(command) == 0
+    lines = list(csv.DictReader((tmp_path / "t" / "table6.csv").open()))
+    assert [line["row"] for line in lines] == ["R-ISONet", "ResNet, live BatchNorm"]
+    assert lines[0]["seeds"] == "1" and lines[0]["box_AP"] and not lines[1]["seeds"]
+    assert (tmp_path / "t" / "table6.md").read_text() == detection.markdown("small", lines)
+    assert (tmp_path / "t" / "table6.png").stat().st_size > 1000
+    monkeypatch.setattr(DetectionRun, "fit", None)  # what is there is not made again
+    assert main(command) == 0
+    assert main([*command, "--set", "optimizer.lr=0.5"]) == 1
+    assert "holds a run with other settings; choose another --output" in capsys.readouterr().err
+
+
+def test_a_diverged_row_of_table_6_is_a_result():
+    result = {**dict.fromkeys(detection.MEASURES, 1.0), "diverged": None, "seconds": 1.0, "commit": "c"}
+    line = detection.line("x", [result, {**result, "box_AP": 0.0, "diverged": 7}])
+    assert (line["box_AP"], line["box_deviation"], line["diverged"], line["seeds"]) == ("1.0", "", "at step 7", "2")
+    with pytest.raises(ValueError, match="table 6 has the scales small and imagenet .*, got cifar"):
+        detection.rows("cifar")

@@ -89,7 +89,7 @@ def _add_table(commands: Any) -> None:
     add = commands.add_parser(
         "table", help="a table of the paper: train what is missing of its rows, write it, draw it"
     )
-    add.add_argument("number", type=int, help="1 to 5")
+    add.add_argument("number", type=int, help="1 to 6")
     add.add_argument("--scale", choices=SCALES, default="small", help="of networks and data (default %(default)s)")
     add.add_argument("--seeds", type=int, metavar="N", help="seeds of each row (default: the scale's)")
     add.add_argument("--only", metavar="ROW", help="one row, by its name")
