@@ -279,6 +279,14 @@ def test_table_6_is_made_once_and_says_what_the_csv_says(tmp_path, capsys, monke
     assert main(command) == 0
     assert main([*command, "--set", "optimizer.lr=0.5"]) == 1
     assert "holds a run with other settings; choose another --output" in capsys.readouterr().err
+    monkeypatch.setattr(DetectionRun, "fit", lambda self: dict.fromkeys(detection.MEASURES, 1.0))
+    other = tmp_path / "t" / "resnet-live-batchnorm" / "seed-0"
+    other.mkdir(parents=True)
+    (other / "metrics.csv").write_text("seconds\n2\n")
+    command[command.index("R-ISONet")] = "ResNet, live BatchNorm"
+    assert main([*command, "--set", "optimizer.lr=0.5"]) == 0  # rows may have settings of their own
+    lines = list(csv.DictReader((tmp_path / "t" / "table6.csv").open()))
+    assert [line["seeds"] for line in lines] == ["1", "1"] and lines[1]["box_AP"] == "1.0"
 
 
 def test_a_diverged_row_of_table_6_is_a_result():

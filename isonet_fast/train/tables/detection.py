@@ -91,9 +91,10 @@ def make(settled: DetectionConfig, folder: Path, processes: Processes) -> dict[s
 
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(lock.locked(folder)))
-        done = processes.from_main(lambda: read(settled, folder))
+        done = processes.from_main(lambda: _read_result(folder))
         if done is not None:
-            return done
+            _expect(settled, done["config"], folder)
+            return done["result"]
         state = None
         if processes.from_main(lambda: bool(checkpoint.find(folder, "latest", "previous"))):
             state = checkpoint.load(processes.from_main(lambda: checkpoint.load_latest(folder)[1]))
@@ -107,14 +108,10 @@ def make(settled: DetectionConfig, folder: Path, processes: Processes) -> dict[s
         return processes.from_main(lambda: _conclude(settled, folder, found, diverged))
 
 
-def read(settled: DetectionConfig, folder: Path) -> dict[str, Any] | None:
-    """None where the run has no result yet."""
+def _read_result(folder: Path) -> dict[str, Any] | None:
+    """{"config": ..., "result": ...}; None where the run has no result yet."""
     path = folder / RESULT
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    _expect(settled, content["config"], folder)
-    return content["result"]
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _expect(settled: DetectionConfig, found: dict[str, Any], folder: Path) -> None:
@@ -144,15 +141,16 @@ def complete(
             run = n * seeds + seed + 1
             processes.say(f"table 6, run {run} of {len(chosen) * seeds}: {row.name}, seed {seed}")
             make(row.config(seed, settings), folder / row.folder / f"seed-{seed}", processes)
-        processes.from_main(lambda: _write(scale, seeds, settings, folder))
-    processes.from_main(lambda: _picture(_write(scale, seeds, settings, folder), folder))
+        processes.from_main(lambda: _write(scale, seeds, folder))
+    processes.from_main(lambda: _picture(_write(scale, seeds, folder), folder))
 
 
-def _write(scale: str, seeds: int, settings: Sequence[str], folder: Path) -> list[dict[str, str]]:
+def _write(scale: str, seeds: int, folder: Path) -> list[dict[str, str]]:
+    """Of all rows what is there, whatever their settings were: each may have its own (`detector.weights_backbone`)."""
     lines = []
     for row in rows(scale):
-        places = [(row.config(seed, settings), folder / row.folder / f"seed-{seed}") for seed in range(seeds)]
-        lines.append(line(row.name, [result for place in places if (result := read(*place)) is not None]))
+        found = [_read_result(folder / row.folder / f"seed-{seed}") for seed in range(seeds)]
+        lines.append(line(row.name, [one["result"] for one in found if one is not None]))
     path = folder / "table6.csv"
     with replacing(path) as temporary, disk_errors_naming(path):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
