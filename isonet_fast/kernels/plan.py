@@ -121,7 +121,7 @@ class Plan:
         return time
 
     def _gram_products(self, side: int, t: Offset) -> int:
-        """Products of tiles for G_t of side x side tiles. On the diagonal of t = 0, hi lo^T and its transpose are one."""
+        """Products of tiles for G_t of side x side tiles. On the diagonal of t = 0 two of them are transposes."""
         products = self.variant.products
         return products * (side**2 if any(t) else side * (side + 1) // 2) - (products // 3 * side if not any(t) else 0)
 
