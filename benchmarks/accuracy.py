@@ -182,11 +182,12 @@ def draw(results: dict[tuple[int, int], dict[str, tuple[float, float]]]) -> None
                 axis.plot(at, values, style, color=f"C{index}", label=label if kernel == 1 else None)
         axis.set(xscale="log", yscale="log", xlabel="channels (solid: 1x1, dashed: 3x3)")
         axis.set(title=("loss", "gradient")[n] + ": relative error against float64")
-        axis.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        axis.set_xticks([16, 64, 128, 256, 512], ["16", "64", "128", "256", "512"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, title="gram, gradient product", title_fontsize=7)
-    figure.tight_layout()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=7, title="gram, gradient product")
     figure.savefig(ROOT / "docs" / "accuracy.png", dpi=130)
 
 

@@ -36,8 +36,8 @@ def targets_table(rows: list[Row]) -> str:
 
 
 def results_table(rows: list[Row]) -> str:
-    """The README's four rows, of the device that measured them last: a GPU where one has."""
-    devices = [row["device"] for row in on(rows, "GPU") or on(rows, "CPU")]
+    """The README's four rows, of the device that timed something last: a GPU where one has."""
+    devices = [row["device"] for row in on(rows, "GPU") or on(rows, "CPU") if row["p50_ms"]]
     own = [row for row in rows if devices and row["device"] == devices[-1]]
     modes = ("loss+gradient graph", "loss+gradient")
     shown = [("a training step", c) for c in cases(own, op="step")[:1]]

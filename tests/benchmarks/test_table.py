@@ -125,3 +125,9 @@ def test_figures_need_rows_alone(tmp_path):
     paths = plot.draw(found, "gpu", tmp_path)
     assert [path.name for path in paths] == ["speed-gpu.png", "scaling-gpu.png"]
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_rows_of_errors_do_not_choose_the_device_of_the_results():
+    timed = measured("step", "training", "cifar32", "float32", official=2.0, isonet_fast=1.0)
+    error = timed[-1] | {"op": "orthogonality_accuracy", "device": "cpu: another", "p50_ms": "", "error": "1e-4"}
+    assert table.results_table([*timed, error]) == table.results_table(timed)
