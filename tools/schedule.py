@@ -1,6 +1,7 @@
 """What the penalty's launches should take: a plan's tables, scheduled on the multiprocessors of a GPU.
 
     python tools/schedule.py [isonet34 ...] [--l2-tbytes 5.5 ...]
+    python tools/schedule.py --frequency    # large and 3-d kernels, as they are computed and as a sum over frequencies
 
 A model, of which no part was measured on a GPU. A launch's programs start in the order of their table, each on the
 first multiprocessor that is free. A program takes
@@ -16,10 +17,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import heapq
+import itertools
 import math
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +37,8 @@ from isonet_fast.problem import Problem
 from isonet_fast.regularizer import official_filter
 
 NETWORKS = ("isonet18", "isonet34", "isonet50", "isonet101")
+CHANNELS = {"64 to 256": (64, 64, 64, 128, 128, 256, 256), "256 to 512": (256, 256, 512, 512)}
+KERNELS = ((3, 3), (5, 5), (7, 7), (3, 3, 3))
 SHARDED = ("isonet34", "isonet50")
 RANKS = (8, 64)
 
@@ -149,6 +153,50 @@ def speedup(network: str, ranks: int, machine: Machine) -> float:
     return total_us(plan_of(layers), machine) / slowest
 
 
+def chain(channels: Sequence[int], kernel: tuple[int, ...]) -> tuple[Layer, ...]:
+    """Convolutions one after the other, stride 1."""
+    ones = (1,) * len(kernel)
+    return tuple(Layer((o, i, *kernel), ones, ones, 1, "isonet") for i, o in itertools.pairwise(channels))
+
+
+def frequency_us(layers: Sequence[Layer], machine: Machine) -> float:
+    """The frequency form of ops/frequency_form.py by launches like today's: transform, gram, grad, transform back.
+
+    Of a pair of frequencies, U = X X^T - 2 S C^T is two products in bf16x3, and Re X - U^T S and U C - Re X are four in
+    bf16: tiles that share Re X would need both accumulators. Planes of X, C, S go to memory as hi and lo, of the
+    gradient in float32, of U and Re in bf16.
+    """
+    gram, grad, moved = [], [], 0.0
+    for layer in sorted(layers, key=lambda layer: -layer.rows * layer.columns):
+        rows, columns, wide = layer.rows, layer.columns * math.prod(layer.phases), 256 if layer.columns >= 256 else 128
+        pairs = sum(map(any, layer.frequencies))
+        across, along = -(-rows // 128), -(-columns // wide)
+        depth, contracted = -(-columns // 64), -(-rows // 64)
+        step = machine.step_us(2 * 3 * 128 * 128 * 64, 4 * 128 * 64 * 2)
+        gram += [machine.tile_us + 2 * depth * step] * (pairs * across**2)
+        gram += [machine.tile_us + depth * step] * (across * (across + 1) // 2)  # at 0: symmetric
+        step = machine.step_us(2 * 128 * wide * 64, (128 + wide) * 64 * 2)
+        stored = 1e-6 * machine.multiprocessors * 4 * 128 * wide / machine.memory_tbytes
+        grad += [machine.tile_us + 2 * contracted * step + stored] * (2 * pairs * across * along)
+        grad += [machine.tile_us + contracted * step + stored] * (across * along)
+        weights, plane = 4 * math.prod(layer.shape), rows * columns
+        moved += weights + 3 * 4 * pairs * plane  # there: read once; X, C, S
+        moved += 4 * pairs * rows**2  # U and Re
+        moved += 8 * pairs * plane + weights  # back
+    tiles = makespan(gram, machine.multiprocessors) + makespan(grad, machine.multiprocessors)
+    return tiles + 1e-6 * moved / machine.memory_tbytes + machine.finish_us + 6 * machine.launch_us
+
+
+def report_frequency(machine: Machine) -> None:
+    """Print what the frequency form would gain on a GPU."""
+    print("predicted microseconds, a model: over offsets, as it is built; over frequencies; the gain")
+    for kernel in KERNELS:
+        for name, channels in CHANNELS.items():
+            layers = chain(channels, kernel)
+            today, other = total_us(plan_of(layers), machine), frequency_us(layers, machine)
+            print(f"{'x'.join(map(str, kernel)):6} {name:11} {today:6.0f} {other:6.0f} {today / other:.2f}x")
+
+
 def report(networks: Iterable[str], machine: Machine) -> None:
     """Print the predicted schedule of each network, and what ranks gain."""
     print("predicted microseconds (share of the time in which multiprocessors are busy), a model:")
@@ -168,9 +216,13 @@ def main() -> None:
     for assumption in dataclasses.fields(Machine):
         name = "--" + assumption.name.replace("_", "-")
         options.add_argument(name, type=type(assumption.default), default=assumption.default, help="%(default)s")
+    options.add_argument("--frequency", action="store_true", help="what a sum over frequencies would gain")
     given = vars(options.parse_args())
-    networks = given.pop("networks")
-    report(networks, Machine(**given))
+    networks, frequency = given.pop("networks"), given.pop("frequency")
+    if frequency:
+        report_frequency(Machine(**given))
+    else:
+        report(networks, Machine(**given))
 
 
 if __name__ == "__main__":

@@ -46,3 +46,13 @@ def test_the_schedule_is_printed(capsys):
     printed = capsys.readouterr().out
     assert "isonet18" in printed and "gram 128x128" in printed and "times floor and packing" in printed
     assert np.isfinite(schedule.ratio("isonet18", schedule.Machine()))
+
+
+def test_the_frequency_form_is_counted_by_its_products():
+    """40 pairs of two products in bf16x3 and four in bf16; at 0 three of four tiles, and one product."""
+    free = dict(l2_tbytes=1e9, memory_tbytes=1e9, tile_us=0, launch_us=0, finish_us=0)
+    unit = schedule.Machine(multiprocessors=1, tflops=1e-6, **free)
+    layers = schedule.chain((256, 256), (5, 5))
+    assert schedule.frequency_us(layers, unit) == pytest.approx(
+        2 * 256**3 * (40 * (2 * 3 + 4) + 3 * 0.75 + 1), rel=1e-6
+    )
