@@ -150,6 +150,10 @@ class Run:
         """The configured one is per GPU, as the batch is."""
         return self.config.optimizer.lr * self.processes.size
 
+    def batch_note(self) -> str:
+        """What another number of processes changes."""
+        return f"the learning rate is that of {self.processes.size} x the batch"
+
     def _loaders(self) -> tuple[Loader, Loader]:
         data, seed, pin = self.config.data, self.config.seed, self.device.type == "cuda"
         train = Loader(

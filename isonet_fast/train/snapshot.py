@@ -91,7 +91,7 @@ def _restore_own(run: Run, ranks: list[dict[str, Any]]) -> None:
         count = "one process" if len(ranks) == 1 else f"{len(ranks)} processes"
         processes.say(
             f"the checkpoint is of {count}, this run has {processes.size}: dropout is seeded anew from "
-            f"(seed, step, rank), and the learning rate is that of {processes.size} x the batch"
+            f"(seed, step, rank), and {run.batch_note()}"
         )
         for sums, key in ((run.sums.totals, "sums"), (run.penalty, "penalty")):
             total = torch.stack([rank[key] for rank in ranks]).sum(0)

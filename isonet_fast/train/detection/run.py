@@ -99,6 +99,9 @@ class DetectionRun(Run):
     def _lr(self) -> float:
         return self.config.optimizer.lr
 
+    def batch_note(self) -> str:
+        return "batch and learning rate stay as they are"
+
     def _loaders(self) -> tuple[Loader, Loader]:
         data, seed, pin = self.config.data, self.config.seed, False
         own = data.batch_size // (self.processes.size * self.config.accumulate)
