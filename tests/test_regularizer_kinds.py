@@ -1,7 +1,9 @@
 """Layers that OrthoRegularizer covers when asked (`include`), and weights of every kind: a row, never a traceback."""
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +282,14 @@ def test_a_filter_keeps_the_penalty_to_the_backbone_of_a_detector():
     assert [row.name for row in reg.summary() if not row.excluded] == ["backbone.body.1"]
     default = OrthoRegularizer(net).summary()
     assert [row.name for row in default if not row.excluded] == ["backbone.body.1", "backbone.fpn.0", "rpn"]
+
+
+def test_the_filters_of_the_docs_cannot_fail_on_a_linear_layer():
+    """Each is run as it is written there, on convolutions with an OrthoLinear among them."""
+    text = (Path(__file__).parents[1] / "docs" / "own-network.md").read_text(encoding="utf-8")
+    filters = re.findall(r"filter=(lambda name, module: .*?),?\n", text)
+    net = nn.ModuleDict({"blocks": nn.Sequential(nn.Conv2d(4, 4, 3), OrthoLinear(4, 4))})
+    assert len(filters) >= 2
+    for written in filters:
+        chosen = eval(written, {"nn": nn, "official_filter": official_filter})
+        OrthoRegularizer(net, filter=lambda name, module, chosen=chosen: bool(chosen(name, module)) or True)()
