@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, reference
+from isonet_fast.layers import official_filter
 
 DOUBLE = torch.float64
 
@@ -263,7 +264,6 @@ def test_tied_weights_count_once_whatever_the_layers_that_share_them():
 
 def test_a_filter_keeps_the_penalty_to_the_backbone_of_a_detector():
     """The filter of the docstring: pyramid and heads are left out, and the stem as the official rule says."""
-    from isonet_fast.regularizer import official_filter
 
     net = nn.ModuleDict(
         {
@@ -287,7 +287,7 @@ def test_a_filter_keeps_the_penalty_to_the_backbone_of_a_detector():
 def test_the_filters_of_the_docs_cannot_fail_on_a_linear_layer():
     """Each is run as it is written there, on convolutions with an OrthoLinear among them."""
     text = (Path(__file__).parents[1] / "docs" / "own-network.md").read_text(encoding="utf-8")
-    filters = re.findall(r"filter=(lambda name, module: .*?),?\n", text)
+    filters = re.findall(r"^ +filter=(lambda name, module: .*),$", text, re.MULTILINE)
     net = nn.ModuleDict({"blocks": nn.Sequential(nn.Conv2d(4, 4, 3), OrthoLinear(4, 4))})
     assert len(filters) >= 2
     for written in filters:
