@@ -49,7 +49,7 @@ def channel_axis(name: str, x: Tensor, bias: Tensor, spatial_dims: int | str | N
             raise ValueError(f"{name} must be {LAYOUTS[spatial_dims]}, got shape {tuple(shape)}")
     elif spatial_dims == "inferred" and rank in (1, 3):
         axis = 0 if rank == 1 or shape[0] == channels != shape[1] else 1
-        if rank == 3 and shape[1] == channels and not torch.compiler.is_exporting() and shape[0] == channels:
+        if rank == 3 and shape[1] == channels and not torch.compiler._is_exporting_flag and shape[0] == channels:
             raise ValueError(
                 f"{name} of shape {tuple(shape)} may be (N, C, L) or an unbatched (C, H, W), both with C = {channels}: "
                 "construct the layer with spatial_dims=1 or spatial_dims=2"

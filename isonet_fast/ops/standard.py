@@ -19,17 +19,20 @@ from .srelu import per_channel
 
 
 def wanted() -> bool:
-    """Whether the caller runs inside a transform, forward-mode AD, an export or a trace."""
+    """Whether the caller runs inside a transform, forward-mode AD, an export or a trace.
+
+    The flag of exports is read itself: PyTorch 2.11's is_exporting() is true under torch.compile too.
+    """
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.compiler.is_exporting()
+        or torch.compiler._is_exporting_flag
         or torch._C._get_tracing_state() is not None
     )
 
 
 def srelu(x: Tensor, bias: Tensor) -> Tensor:
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+    if torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None:
         return torch.maximum(x, per_channel(bias, x))
     return reference.srelu(x, bias)
 
