@@ -29,6 +29,8 @@ needs_pyright = pytest.mark.skipif(shutil.which("pyright") is None, reason="pyri
 def run(folder: Path, *command: str | Path) -> str:
     """What a checker prints that runs in a user's folder and finds the package as an installed one."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    # pyright takes the first python there, which must be the one with torch
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     result = subprocess.run(
         list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
