@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,3 +296,11 @@ def test_a_diverged_row_of_table_6_is_a_result():
     assert (line["box_AP"], line["box_deviation"], line["diverged"], line["seeds"]) == ("1.0", "", "at step 7", "2")
     with pytest.raises(ValueError, match="table 6 has the scales small and imagenet .*, got cifar"):
         detection.rows("cifar")
+
+
+def test_the_committed_table_6_says_what_its_csv_file_says():
+    docs = Path(__file__).parents[2] / "docs"
+    lines = list(csv.DictReader((docs / "tables" / "table6.csv").open()))
+    assert [line["row"] for line in lines] == [row.name for row in detection.rows("small")]
+    assert (docs / "tables" / "table6.md").read_text() == detection.markdown("small", lines)
+    assert "tables/table6.md" in (docs / "tables.md").read_text() and (docs / "tables" / "table6.png").exists()

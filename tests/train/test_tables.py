@@ -321,7 +321,7 @@ def test_the_measures_of_a_scaled_identity_are_its_factor(factor: float) -> None
 # -- the tables in docs/ -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [int(path.stem[5:]) for path in sorted(DOCS.glob("table*.csv"))])
+@pytest.mark.parametrize("number", [int(path.stem[5:]) for path in sorted(DOCS.glob("table[1-5].csv"))])
 def test_the_committed_table_says_what_its_csv_file_says(number: int) -> None:
     table, rows = plan.table(number, "small"), read(DOCS / f"table{number}.csv")
     assert [row["row"] for row in rows] == [row.name for row in table.rows]
