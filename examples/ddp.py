@@ -1,8 +1,8 @@
 """DistributedDataParallel: every process computes its share of the penalty.
 
-The penalty depends on the weights alone, so without a share every process would compute the same. With `shard_group`
-the work is split, and DDP's averaging of gradients makes the exact whole of the parts; `accumulate_grad_` must come
-before the backward pass that synchronises them. Real digits; needs scikit-learn.
+The penalty depends only on the weights, so without `shard_group` every process would compute the same. `shard_group`
+splits the work, and DDP's averaging of the gradients adds the shares up to the exact gradient. So `accumulate_grad_`
+must come before the backward pass that synchronises the gradients. The data are real digits; needs scikit-learn.
 
     torchrun --standalone --nproc-per-node 2 examples/ddp.py
 """

@@ -1,9 +1,9 @@
-"""Whether `accumulate_grad_()` came where it must: before the backward pass that takes away what it adds.
+"""Checks that `accumulate_grad_()` is called early enough: before a backward pass that uses up `.grad`.
 
-Two things take it away. A backward pass that synchronises (DistributedDataParallel) averages over the ranks what is in
-`.grad` then: a rank's share that comes later is not averaged. An optimizer in the backward pass
-(`register_post_accumulate_grad_hook`) uses and clears `.grad`: what comes later is seen one step late, or never where
-`zero_grad()` follows.
+Two kinds of backward pass use it up. A backward pass that synchronises (DistributedDataParallel) averages `.grad` over
+the ranks. A share that a rank adds later is not averaged. An optimizer in the backward pass
+(`register_post_accumulate_grad_hook`) uses and clears `.grad`. A gradient that is added later takes effect one step
+late, or never if `zero_grad()` follows.
 """
 
 from __future__ import annotations

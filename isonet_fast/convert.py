@@ -32,8 +32,8 @@ def convert(model: nn.Module) -> nn.Module:
     compiled by torch.compile or TorchScript (convert first, then compile). A lazy convolution becomes an nn.Conv by
     itself at its first call; convert after that. Weights on the meta device, fake and tied ones are converted.
 
-    Tools that compare types know torch.nn's convolutions only: BatchNorm folding, `fuse_modules`, quantisation of a
-    graph from torch.export. `deconvert` gives them back first.
+    Some tools compare types and know only the convolutions of torch.nn: BatchNorm folding, `fuse_modules`, quantisation
+    of a graph from torch.export. Call `deconvert` before you use them.
 
     An official-style SReLU is a module of a class named SReLU with one parameter, `srelu_bias`, and one child, the ReLU
     `srelu_relu`. Raises TypeError for something that is no module.

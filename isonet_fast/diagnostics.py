@@ -150,11 +150,11 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
     """Smallest, median and largest singular value, and the penalty, of every convolution and OrthoLinear: 1, 1, 1, 0 is
     an isometry. `existence.isometry` says in the last column what the shape allows.
 
-    input_size: (C, H, W) of one input; it tells each layer's feature map, on which (or on the largest grid up to 16 per
-    dimension, which samples the same spectrum) `singular_values` is computed. The penalty is the layer's own ("isonet"
-    for plain convolutions). Shows its progress. Every other linear layer and transposed convolution has a row that says
-    that it is excluded, unless its class is in `include`; so has a layer whose weight cannot be read and one that this
-    input does not reach.
+    input_size: (C, H, W) of one input. It determines the size of each layer's feature map, on which `singular_values`
+    is computed. Larger maps are replaced by a grid of about 16 points per dimension, which samples the same spectrum.
+    The penalty is the layer's own ("isonet" for plain convolutions). A progress bar is shown. A row says "excluded" for
+    every other linear layer and transposed convolution whose class is not in `include`, for a layer whose weight cannot
+    be read, and for a layer that this input does not reach.
 
     Raises TypeError for a model that is no module and for sizes that are no ints, ValueError for a model with lazy
     layers that have no shape yet and for an input that it does not take.

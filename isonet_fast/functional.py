@@ -38,14 +38,15 @@ def srelu(
     values of any shape and of any dtype that x may have; its gradient has b's dtype and is accumulated in float32
     (float64 for a float64 x).
 
-    `inplace=True` allows y to be written over x, which saves a whole activation behind any operation that does not need
-    its own output (a convolution). Use the returned tensor only: y is a new tensor where x is a view that a custom
-    Function returned (a module with a full backward hook), in transforms of torch.func and in exports.
+    `inplace=True` allows y to be written over x. This saves the memory of one activation after an operation that does
+    not need its own output for its backward, such as a convolution. Use only the returned tensor, because y is not
+    always written over x: it is a new tensor in transforms of torch.func, in exports, and where x is a view that a
+    custom Function returned (for example in a module with a full backward hook).
 
-    In transforms of torch.func and in forward-mode AD the reference's formulas are computed. torch.export and
-    torch.jit.trace record a maximum: a graph that is trained afterwards divides the gradient of a tie in two.
-    torch.compile refuses a second backward through any compiled network. A gradient penalty (R1) is compiled as a
-    whole instead, its inner gradient by torch.func: `torch.compile(lambda x: grad(lambda x: net(x).sum())(x)...)`.
+    Transforms of torch.func and forward-mode AD use the formulas of the reference. torch.export and torch.jit.trace
+    record a maximum. If you train such a graph, a tie gives half of its gradient to x and half to b. torch.compile
+    refuses a second backward through any compiled network. To compile a gradient penalty (R1), compile it as a whole
+    and take its inner gradient with torch.func: `torch.compile(lambda x: grad(lambda x: net(x).sum())(x)...)`.
 
     Raises TypeError for what is no dense tensor of these dtypes; ValueError for a shape without C channels, a bias on
     another device, and for `inplace`, before the data change: on a leaf that requires grad, on an inference tensor, on
@@ -91,9 +92,9 @@ def residual_srelu(
     in float32 (float64 for float64) and rounded once. Ties, NaN, shapes and transforms as in `srelu`; twice
     differentiable.
 
-    y has the dtype that torch.add gives shortcut and branch, which autocast leaves as it is: of a float32 and a
-    bfloat16 tensor it is float32, of a float16 and a bfloat16 one too. Bias and scale are parameters and do not
-    promote; the scale is not rounded.
+    y has the dtype of `shortcut + branch`; autocast does not change it. For a float32 and a bfloat16 tensor this is
+    float32, and for a float16 and a bfloat16 tensor too. Bias and scale are parameters and do not take part in type
+    promotion. The scale is not rounded.
 
     `inplace=True` allows y to be written over the branch (saves one activation), if y has the branch's dtype. It needs
     scale=None, because the gradient of the scale is formed with the branch. See `srelu`.
@@ -163,20 +164,20 @@ def orthogonality_loss(
         G_t[m, m'] = sum over n, u of A_u[m, n] A_{u+t}[m', n],  A_u the matrix of tap u
         T = { t : |t_i| <= k_i - 1 and dilation_i t_i divisible by stride_i }
 
-    penalty: "isonet", the official one (Qi et al., ICML 2020, eq. 5: rows are inputs where I/g < O/g); "lorth", 0
-    exactly where the operator is row- or column-orthogonal on the inputs that its taps reach, the right choice for
-    strided layers and for your own networks (after Achour et al., JMLR 2022; a kernel smaller than its stride leaves
-    inputs unread, and `existence.isometry` says what a shape allows); "matrix", the flattened kernel,
-    1/2 ||K K^T - I||^2.
+    penalty: "isonet" is the official penalty (Qi et al., ICML 2020, eq. 5). Its rows are the inputs where I/g < O/g.
+    "lorth" (after Achour et al., JMLR 2022) is 0 exactly where the operator is row- or column-orthogonal on the inputs
+    that its taps reach. It is the right choice for strided layers and for your own networks. A kernel smaller than its
+    stride does not read all inputs; `existence.isometry` says what a shape allows. "matrix" is 1/2 ||K K^T - I||^2 of
+    the flattened kernel K.
 
     One tensor or a list. For a list, `stride`, `dilation` and `groups` may be *lists* with one entry per weight; an int
     or a tuple (one value per spatial dimension) serves all. All weights on one device; half precision is computed in
-    float32, under autocast too. precision: None (fast: three bf16 products on tensor cores; float32 on the CPU) or
-    "highest" (IEEE float32), which "lorth" layers with more rows than the operator has columns always take: their
-    residual does not vanish at the optimum. float64 is always computed in float64.
+    float32, under autocast too. precision: None is fast (three bf16 products on tensor cores; float32 on the CPU).
+    "highest" computes in IEEE float32. "lorth" layers with more rows than the operator has columns always use
+    "highest", because their residual does not vanish at the optimum. float64 is always computed in float64.
 
-    Differentiable once; `reference.orthogonality_loss` is differentiable at every order. The transforms of torch.func
-    and forward-mode AD differentiate that one.
+    This function is differentiable once. `reference.orthogonality_loss` is differentiable at every order, and
+    transforms of torch.func and forward-mode AD use it.
 
     Raises TypeError for something that is no tensor, a sparse or nested one, or an integer or complex dtype; ValueError
     for a rank outside 2 to 5, an unknown penalty or precision, groups that do not divide the outputs, a stride or

@@ -15,10 +15,11 @@ from .penalty_arguments import checked_layer
 def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> Tensor:
     """Fill a convolution weight (O, I/g, k...) or a linear weight (O, I) with a delta, in place; returns it.
 
-    Within each group output i copies input i through the middle tap, as `torch.nn.init.dirac_` does. Where O > I and
-    the stride is above 1, output I + i copies input i through another tap of the stride cell, and so on, so that no
-    input pixel is lost while outputs and taps last: at stride 2 a 3x3 kernel 16 -> 64 keeps all the energy. Such a
-    layer is an isometry in the sense of the "lorth" penalty. Outputs that are left over start at 0.
+    Within each group, output i copies input i through the middle tap, as `torch.nn.init.dirac_` does. If O > I and the
+    stride is above 1, output I + i copies input i through another tap, which reads another pixel of the stride cell
+    (the block of input pixels that one step of the stride covers). This goes on until the outputs or the taps are used
+    up. With enough of both, no input pixel is lost: a 3x3 kernel 16 -> 64 of stride 2 keeps all the energy. Such a
+    layer is an isometry in the sense of the "lorth" penalty. The remaining outputs start at 0.
 
     Raises as `functional.orthogonality_loss` does for rank, groups and stride.
 

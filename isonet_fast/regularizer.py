@@ -40,25 +40,26 @@ Gathered = tuple[list[nn.Parameter], Problem, Shards | None]
 class OrthoRegularizer:
     """sum over layers of coeff * penalty: `loss = criterion(model(x), y) + reg()`.
 
-    Covers every Conv1d to Conv3d (subclasses too) and OrthoLinear; each Parameter once, however many modules share it.
-    The model is looked at again at each call: layers that were replaced, added or removed, weights that FSDP,
-    `load_state_dict(assign=True)` or averaging exchanged, lazy layers that have a shape by now. `penalty`, stride,
-    dilation and groups of a layer are those of the first call, and `filter` and `coeff` are asked once.
+    It covers every Conv1d to Conv3d (subclasses too) and every OrthoLinear. A Parameter that several modules share
+    counts once. Each call looks at the model again. So it finds layers that were replaced, added or removed, weights
+    that FSDP, `load_state_dict(assign=True)` or averaging exchanged, and lazy layers that now have a shape. The
+    penalty, stride, dilation and groups of a layer are fixed at the first call. `filter` and `coeff` are called once
+    per layer.
 
     Left out with a warning: parametrized weights (reading one can advance a power iteration), subclasses whose own
     forward may compute another weight (weight standardisation), weights that are sparse, complex, quantised or of a
     foreign tensor class. A regularizer that finds nothing to penalise warns.
 
-    model: the network; with `shard_group` the DistributedDataParallel module, so that `no_sync` is noticed. Under FSDP2
-        the network after `fully_shard`. The default filter takes every convolution of it: in a detector also those of
-        the pyramid and the heads (those of `models.detection` have `penalty = None` there and are left out, as any
-        convolution on which you set it), so restrict it to the backbone there, `filter=lambda name, module:
-        name.startswith("backbone.body.") and official_filter(name, module)`.
+    model: the network. With `shard_group`, pass the DistributedDataParallel module, so that `no_sync` is noticed. With
+        FSDP2, pass the network after `fully_shard`. In a detector, the default filter also takes the convolutions of
+        the pyramid and the heads. Restrict it to the backbone with `filter=lambda name, module:
+        name.startswith("backbone.body.") and official_filter(name, module)`. The detectors of `models.detection` do not
+        need this: there, these convolutions have `penalty = None`. Any convolution with that attribute is left out.
     coeff: a finite number of at least 0, or `callable(name, module)` that gives one, asked once per layer.
     penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
     filter: `callable(name, module) -> bool`; None: `official_filter`, all but 7x7 kernels and three input channels.
-    interval: k - 1 of k calls return 0 and the k-th is multiplied by k; the counter is in the `state_dict`. `reg()`
-        under no_grad (validation) does not count: it returns the value of now.
+    interval: k - 1 of k calls return 0, and the k-th returns k times the value. The counter is in the `state_dict`.
+        `reg()` under no_grad (validation) is not counted and always returns the current value.
     shard_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
         its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
     precision: as for `functional.orthogonality_loss`.
@@ -68,14 +69,15 @@ class OrthoRegularizer:
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
     `shard_group`: of this rank's share; `last_total()` adds the shares); 0 before the first.
 
-    FSDP2 (`fully_shard`: every penalised weight, over one one-dimensional mesh). One all-gather makes the float32
-    masters whole; `.grad` receives the whole penalty's gradient beside the mean of the ranks' other gradients, in every
-    order of calls. With `shard_group`, which must have the mesh's ranks, each computes its share and one reduce-scatter
-    adds them; without it each computes everything. Every rank must make the same calls, `summary()` too. The autograd
-    form adds to `.grad` at the end of the backward pass, so that `torch.autograd.grad` does not see it.
+    FSDP2: `fully_shard` must shard every penalised weight over the same one-dimensional mesh. One all-gather assembles
+    the float32 master weights. In every order of calls, `.grad` is then the mean of the ranks' other gradients plus the
+    full gradient of the penalty. With `shard_group`, each rank computes its share and one reduce-scatter adds the
+    shares; the group must have the ranks of the mesh. Without it, each rank computes everything. All ranks must make
+    the same calls, also of `summary()`. `reg()` adds its gradient to `.grad` at the end of the backward pass, so
+    `torch.autograd.grad` does not see it.
 
-    Raises TypeError and ValueError for such arguments; at the first call ValueError for weights sharded otherwise, and
-    RuntimeError if `fully_shard` came later.
+    Raises TypeError or ValueError for an invalid argument. The first call raises ValueError for weights that are
+    sharded in another way, and RuntimeError if `fully_shard` was called after the regularizer was made.
 
     Examples:
         >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8))
@@ -208,12 +210,12 @@ class OrthoRegularizer:
     def __call__(self) -> Tensor:
         """sum of coeff * penalty, 0-dim, differentiable once.
 
-        Under gradient accumulation add it to every micro-batch's loss where the loss is divided by their number, as
-        frameworks do (Accelerate, Lightning, transformers); to one of them where it is not. Or leave it out, and call
-        `accumulate_grad_()` once per optimizer step.
+        With gradient accumulation: if the loss is divided by the number of micro-batches, as Accelerate, Lightning and
+        transformers do, add `reg()` to the loss of every micro-batch. If it is not divided, add `reg()` to one of them.
+        Or leave `reg()` out, and call `accumulate_grad_()` once per optimizer step.
 
-        Raises RuntimeError under FSDP2 where a weight has a hook of `register_post_accumulate_grad_hook`, which would
-        not see the penalty: `accumulate_grad_()` before the backward pass serves there.
+        Raises RuntimeError under FSDP2 if a weight has a hook of `register_post_accumulate_grad_hook`, because the hook
+        would not see the penalty. Call `accumulate_grad_()` before the backward pass instead.
         """
         counts = torch.is_grad_enabled()
         if counts and not self._due():

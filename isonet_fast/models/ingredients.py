@@ -24,12 +24,13 @@ class Switches(TypedDict, total=False):
     bias_init, bias_learned: SReLU's b, -1 and learned as published.
     initialisation: "delta" (the 7x7 stem: PyTorch's), or "kaiming": normal with variance 2 / (kernel size x outputs).
     normalisation: "none", or "batch": BatchNorm behind every convolution, its weight 0 at first behind a branch's last.
-    fixup: Fixup in place of a normalisation (Zhang, Dauphin, Ma, ICLR 2019), for residual=True, activation="relu",
-        normalisation="none", initialisation="kaiming": a scalar bias before every convolution, activation and the
-        classifier, a multiplier that starts at 1 behind every branch, no other biases. A branch's last convolution and
-        the classifier start at 0, its other convolutions divided by L^(1/(2m-2)), L branches of m convolutions.
-    branch_scale: where the shared scalar behind every branch starts; None: no such scalar; "published": 0 in R-ISONet,
-        None in ISONet.
+    fixup: Fixup in place of a normalisation (Zhang, Dauphin, Ma, ICLR 2019). It needs residual=True, activation="relu",
+        normalisation="none" and initialisation="kaiming". It adds a scalar bias before every convolution, every
+        activation and the classifier, and a multiplier that starts at 1 after every branch. There are no other biases.
+        The last convolution of each branch and the classifier start at 0. The other convolutions of a branch are
+        divided by L^(1/(2m-2)), for L branches of m convolutions.
+    branch_scale: the initial value of the shared scalar after every branch, or None for no such scalar. "published" is
+        0 in R-ISONet and None in ISONet.
     """
 
     activation: Literal["srelu", "relu"]

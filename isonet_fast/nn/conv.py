@@ -38,7 +38,8 @@ class _Orthogonal:
         self.penalty = penalty
 
     def reset_parameters(self) -> None:
-        """Delta weight, zero bias. The stride cell is used where "lorth" rewards it (`init.delta_`)."""
+        """Set the weight to a delta and the bias to zero. With penalty="lorth", the delta of a strided layer also uses
+        taps other than the middle one (see `stride` of `init.delta_`)."""
         init.delta_(self.weight, self.groups, self._cell() if self.penalty == "lorth" else 1)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

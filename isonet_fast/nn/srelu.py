@@ -48,9 +48,10 @@ class _ChannelBias(nn.Module):
 class SReLU(_ChannelBias):
     """y = max(x, b), one learnable b per channel, initially `init` (`functional.srelu`).
 
-    State: `srelu_bias` (1, C, 1, 1). x: (N, C, ...), behind a linear layer and a convolution of any rank. As nn.Conv2d
-    does, the layer also takes an unbatched (C, H, W), unless H is C too: then x may be (N, C, L), and the layer raises.
-    `spatial_dims` names the layer before, 0 (linear) to 3 (nn.Conv3d), and every batched and unbatched x is understood.
+    State: `srelu_bias` (1, C, 1, 1). x: (N, C, ...), the output of a linear layer or of a convolution of any rank. Like
+    nn.Conv2d, the layer also takes an unbatched (C, H, W). If H equals C, such an x could also be (N, C, L), and the
+    layer raises ValueError. To avoid this, set `spatial_dims` to the number of spatial dimensions of the layer before:
+    0 (linear) to 3 (nn.Conv3d). Then every batched and unbatched x is accepted.
 
     inplace=True lets y be written over x: right behind any operation that does not need its own output for its
     backward, such as a convolution.
@@ -71,7 +72,7 @@ class SReLU(_ChannelBias):
 class ResidualSReLU(_ChannelBias):
     """y = max(shortcut + s * branch, b), the join of a residual block (`functional.residual_srelu`).
 
-    State: `srelu_bias` (1, C, 1, 1). The scale s is an argument, for it belongs to the branch (`SharedScale.scale`).
+    State: `srelu_bias` (1, C, 1, 1). The scale s is an argument because it belongs to the branch (`SharedScale.scale`).
     inplace=True lets y be written over the branch and needs a branch without a scale. Shapes, `spatial_dims` and errors
     as in `SReLU`.
 
