@@ -20,7 +20,7 @@ _CONVOLUTIONS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, *, convolutions: bool = True) -> nn.Module:
     """Replace exact nn.Conv1d to Conv3d and official-style SReLU layers by ours, in place; returns `model`.
 
     (Where `model` itself is such a layer, the replacement is returned.) Nothing is initialised anew: the layers keep
@@ -33,7 +33,8 @@ def convert(model: nn.Module) -> nn.Module:
     itself at its first call; convert after that. Weights on the meta device, fake and tied ones are converted.
 
     Some tools compare types and know only the convolutions of torch.nn: BatchNorm folding, `fuse_modules`, quantisation
-    of a graph from torch.export. Call `deconvert` before you use them.
+    of a graph from torch.export. Call `deconvert` before you use them. Or convert with `convolutions=False`, which
+    leaves every convolution as it is: `OrthoRegularizer` covers those of torch.nn too.
 
     An official-style SReLU is a module of a class named SReLU with one parameter, `srelu_bias`, and one child, the ReLU
     `srelu_relu`. Raises TypeError for something that is no module.
@@ -49,14 +50,16 @@ def convert(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     left: dict[str, str] = {}
     replacements: dict[nn.Module, nn.Module] = {}
-    converted = _visit(model, "", replacements, left)
+    converted = _visit(model, "", replacements, left, convolutions)
     if left:
         listed = "; ".join(f"{name or 'the model itself'} ({why})" for name, why in left.items())
         _log.warning("convert left %d modules as they are: %s", len(left), listed)
     return converted
 
 
-def _visit(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left: dict[str, str]) -> nn.Module:
+def _visit(
+    module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left: dict[str, str], convolutions: bool
+) -> nn.Module:
     if module in done:
         return done[module]
     done[module] = module  # a module that contains itself ends here
@@ -64,14 +67,14 @@ def _visit(module: nn.Module, name: str, done: dict[nn.Module, nn.Module], left:
     if why:
         left[name] = why
         return module
-    replacement = _replacement(module, name, left)
+    replacement = _replacement(module, name, left, convolutions)
     if replacement is not None:
         done[module] = replacement
         return replacement
     for child_name, child in list(module._modules.items()):
         if child is None:
             continue
-        new = _visit(child, f"{name}.{child_name}" if name else child_name, done, left)
+        new = _visit(child, f"{name}.{child_name}" if name else child_name, done, left, convolutions)
         if new is not child:
             module._modules[child_name] = new
     return module
@@ -93,9 +96,11 @@ def _quantised(module: nn.Module) -> str | None:
     return "for quantisation" if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__ else None
 
 
-def _replacement(module: nn.Module, name: str, left: dict[str, str]) -> nn.Module | None:
+def _replacement(module: nn.Module, name: str, left: dict[str, str], convolutions: bool) -> nn.Module | None:
     """Ours for this layer; None to keep it, with the reason in `left` where somebody might wonder."""
     if isinstance(module, tuple(_CONVOLUTIONS)) and not isinstance(module, tuple(_CONVOLUTIONS.values())):
+        if not convolutions:
+            return None
         if "weight" not in module._parameters or hasattr(module, "parametrizations"):
             left[name] = "parametrized"
         elif isinstance(module, LazyModuleMixin):

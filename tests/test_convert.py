@@ -64,6 +64,13 @@ def test_same_outputs_gradients_and_state() -> None:
     assert "penalty='isonet'" in repr(model[0]) and "reflect" in repr(model[0])
 
 
+def test_convolutions_may_stay_those_of_torch() -> None:
+    model = convert(network(), convolutions=False)
+    assert type(model[0]) is nn.Conv2d and type(model[1]) is isonet_fast.SReLU
+    penalised = isonet_fast.OrthoRegularizer(model, filter=lambda name, module: True)
+    assert penalised().item() == isonet_fast.OrthoRegularizer(convert(model), filter=lambda name, module: True)().item()
+
+
 def test_optimizer_built_before_goes_on() -> None:
     model, other = network(), network()
     optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, other)]

@@ -206,6 +206,7 @@ def found(net: nn.Module) -> dict[str, int]:
 def test_folding_and_quantisation_find_as_much_as_before_conversion():
     assert found(ordinary()) == {"to quantise": 2, "unfolded": 0, "fused": 2}
     assert found(deconvert(convert(ordinary()))) == found(ordinary())
+    assert found(convert(ordinary(), convolutions=False)) == found(ordinary())
 
 
 class Block(nn.Module):
@@ -235,6 +236,7 @@ def test_the_batchnorms_of_resnet18_fold_as_before_conversion():
 
     assert sum(isinstance(m, nn.BatchNorm2d) for m in resnet18().modules()) == 20
     assert [left(resnet18()), left(convert(resnet18())), left(deconvert(convert(resnet18())))] == [0, 20, 0]
+    assert left(convert(resnet18(), convolutions=False)) == 0
 
 
 def vgg() -> nn.Module:
@@ -262,3 +264,4 @@ def test_pt2e_quantises_as_much_as_before_conversion():
 
     assert [quantised(vgg()), quantised(convert(vgg())), quantised(deconvert(convert(vgg())))] == [5, 1, 5]
     assert quantised(convert(vgg()), strict=True) == 5
+    assert quantised(convert(vgg(), convolutions=False)) == 5
