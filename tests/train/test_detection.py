@@ -19,11 +19,13 @@ from isonet_fast.train import config
 from isonet_fast.train.commands.cli import main
 from isonet_fast.train.detection import coco, shapes
 from isonet_fast.train.detection.config import RULES, DetectionConfig, Steps
-from isonet_fast.train.saving import checkpoint, resuming
+from isonet_fast.train.saving import checkpoint, lock, resuming
 from isonet_fast.train.tables import detection
 
 import_torchvision()
 from isonet_fast.train.detection.run import DetectionRun, factor
+
+from .test_loop import stop_at
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +290,63 @@ def test_table_6_is_made_once_and_says_what_the_csv_says(tmp_path, capsys, monke
     assert main([*command, "--set", "optimizer.lr=0.5"]) == 0  # rows may have settings of their own
     lines = list(csv.DictReader((tmp_path / "t" / "table6.csv").open()))
     assert [line["seeds"] for line in lines] == ["1", "1"] and lines[1]["box_AP"] == "1.0"
+
+
+def ends(output):
+    """The table without its clock."""
+    lines = csv.DictReader((output / "table6.csv").open())
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_table_6_killed_within_a_row_and_between_rows(tiny, tmp_path, monkeypatch):
+    """The average precisions are replaced by a sum of the weights, which a step more or less would change."""
+    pytest.importorskip("pycocotools")
+    pytest.importorskip("matplotlib")
+    taken, step = [], DetectionRun._train_step
+
+    def counted(self, batches):
+        taken.append(self.directory)
+        step(self, batches)
+
+    def weights(self):
+        return dict.fromkeys(detection.MEASURES, 1e6 * sum(p.double().sum().item() for p in self.model.parameters()))
+
+    monkeypatch.setattr(DetectionRun, "_train_step", counted)
+    monkeypatch.setattr(DetectionRun, "_evaluate", weights)
+    monkeypatch.setattr(detection, "_picture", lambda *args: None)
+
+    def words(output):
+        settings = (f"data.source=coco:{tiny}", *SHORT, "schedule.steps=4", "checkpoint.every_steps=2")
+        return ["table", "6", "--output", str(output), *(word for s in settings for word in ("--set", s))]
+
+    assert main(words(tmp_path / "whole")) == 0
+    assert len(taken) == 8 and len(set(taken)) == 2
+    taken.clear()
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:  # within the first row
+        stop_at(3, patch)
+        assert main(words(parts)) == 143
+    with monkeypatch.context() as patch:  # behind the last step of a run, before its result is written
+        patch.setattr(detection, "_conclude", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words(parts)) == 130
+    real = detection.make
+    with monkeypatch.context() as patch:  # between the first row and the second
+
+        def killed(settled, folder, processes):
+            if folder.parent.name != "r-isonet":
+                raise KeyboardInterrupt
+            return real(settled, folder, processes)
+
+        patch.setattr(detection, "make", killed)
+        assert main(words(parts)) == 130
+    assert [line["seeds"] for line in ends(parts)] == ["1", ""]
+    other = lock.locked(parts / "resnet-live-batchnorm" / "seed-0")  # and another process is at work on the second
+    other.__enter__()
+    waited = []
+    monkeypatch.setattr(detection.time, "sleep", lambda _: waited.append(other.__exit__(None, None, None)))
+    assert main(words(parts)) == 0
+    assert len(waited) == 1 and len(taken) == 8 and len(set(taken)) == 2  # nothing twice
+    assert ends(parts) == ends(tmp_path / "whole")
 
 
 def test_a_diverged_row_of_table_6_is_a_result():

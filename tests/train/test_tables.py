@@ -280,7 +280,7 @@ def test_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table", "7"], "the tables are 1, 2, 3, 4, 5, got 7"),
+        (["table", "7"], "the tables are 1, 2, 3, 4, 5 and 6, got 7"),
         (
             ["table", "3", "--only", "b"],
             "--only must be a row of table 3 at this scale (b = -1, learned; b = -1, fixed",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from ..detection.config import DetectionConfig
 from ..detection.evaluation import COLUMNS as AP
 from ..distributed import Processes
 from ..divergence import Diverged
-from ..saving import checkpoint, lock
+from ..saving import checkpoint
 from ..saving.files import discard, disk_errors_naming, replacing, temporary_beside
-from .running import RESULT, commit
+from .making import POLL
+from .running import RESULT, commit, taken
 
 SCALES = ("small", "imagenet")
 MEASURES = tuple(f"{kind}_{name}" for kind in ("box", "mask") for name in AP)
@@ -84,13 +86,14 @@ def generated(folder: Path, processes: Processes) -> list[str]:
     return [f"data.source=coco:{path}"]
 
 
-def make(settled: DetectionConfig, folder: Path, processes: Processes) -> dict[str, Any]:
-    """The result of the run in `folder`, which is begun, or gone on with, or has ended already. Raises as `Run.fit`
-    does, BlockingIOError where another process is at work on it, ValueError where it is of other settings."""
+def make(settled: DetectionConfig, folder: Path, processes: Processes) -> dict[str, Any] | None:
+    """The result of the run in `folder`, which is begun, or gone on with, or has ended already. None where another
+    process is at work on it. Raises as `Run.fit` does, and ValueError where it is of other settings."""
     from ..detection.run import DetectionRun  # torchvision
 
     with ExitStack() as stack:
-        processes.from_main(lambda: stack.enter_context(lock.locked(folder)))
+        if not processes.from_main(lambda: taken(folder, stack)):
+            return None
         done = processes.from_main(lambda: _read_result(folder))
         if done is not None:
             _expect(settled, done["config"], folder)
@@ -132,16 +135,22 @@ def _conclude(settled: DetectionConfig, folder: Path, found: dict[str, float], d
 def complete(
     scale: str, only: str | None, seeds: int, settings: Sequence[str], folder: Path, processes: Processes
 ) -> None:
-    """Make what is missing, and write the table after every run."""
+    """Make what is missing, and write the table after every row; wait for the runs of other processes."""
     chosen = rows(scale, only)
     if scale == "small" and not any(setting.startswith("data.source=") for setting in settings):
         settings = [*settings, *generated(folder, processes)]
-    for n, row in enumerate(chosen):
-        for seed in range(seeds):
-            run = n * seeds + seed + 1
-            processes.say(f"table 6, run {run} of {len(chosen) * seeds}: {row.name}, seed {seed}")
-            make(row.config(seed, settings), folder / row.folder / f"seed-{seed}", processes)
-        processes.from_main(lambda: _write(scale, seeds, folder))
+    while True:
+        complete = True
+        for n, row in enumerate(chosen):
+            for seed in range(seeds):
+                run = n * seeds + seed + 1
+                processes.say(f"table 6, run {run} of {len(chosen) * seeds}: {row.name}, seed {seed}")
+                settled, own = row.config(seed, settings), folder / row.folder / f"seed-{seed}"
+                complete &= make(settled, own, processes) is not None
+            processes.from_main(lambda: _write(scale, seeds, folder))
+        if complete:
+            break
+        time.sleep(POLL)
     processes.from_main(lambda: _picture(_write(scale, seeds, folder), folder))
 
 

@@ -16,7 +16,7 @@ from . import running, writing
 from .plan import Row, Table
 from .running import Result
 
-_POLL = 5.0  # seconds between two looks at the runs of other processes
+POLL = 5.0  # seconds between two looks at the runs of other processes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Making:
             done = [self._row(row, n * total // len(rows), total) for n, row in enumerate(rows)]
             if all(done):
                 break
-            time.sleep(_POLL)
+            time.sleep(POLL)
         self.processes.from_main(lambda: writing.picture(self.table, self._write(), self.folder))
 
     def _row(self, row: Row, before: int, total: int) -> bool:

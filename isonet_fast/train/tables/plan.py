@@ -68,7 +68,7 @@ def table(number: int, scale: str) -> Table:
     """Table `number` at a scale of SCALES; ValueError for a number that is none."""
     everything = _read()
     if number not in everything["tables"]:
-        raise ValueError(f"the tables are {', '.join(map(str, everything['tables']))}, got {number}")
+        raise ValueError(f"the tables are {', '.join(map(str, everything['tables']))} and 6, got {number}")
     given = everything["tables"][number]
     # what the table says of this scale goes over what the scale says of every table, and the settings are joined
     common, own = everything["scales"][scale], given.get(scale, {})

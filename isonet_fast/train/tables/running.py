@@ -62,16 +62,8 @@ def make(settled: Config, folder: Path, processes: Processes) -> Result | None:
     Raises Interrupted as `Run.fit` does; ValueError where the folder has a run of other settings.
     """
     with ExitStack() as stack:
-
-        def ours() -> bool:
-            try:
-                stack.enter_context(lock.locked(folder))
-            except BlockingIOError:
-                return False
-            return True
-
         done = processes.from_main(lambda: read(settled, folder))
-        if done is not None or not processes.from_main(ours):
+        if done is not None or not processes.from_main(lambda: taken(folder, stack)):
             return done
         state = _state(settled, folder, processes)
         diverged = None
@@ -82,6 +74,15 @@ def make(settled: Config, folder: Path, processes: Processes) -> Result | None:
             diverged = error.step
             processes.say(str(error))
         return processes.from_main(lambda: _conclude(settled, folder, diverged))
+
+
+def taken(folder: Path, stack: ExitStack) -> bool:
+    """Whether the run in `folder` is this process's until `stack` ends; if not, another is at work on it."""
+    try:
+        stack.enter_context(lock.locked(folder))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _state(settled: Config, folder: Path, processes: Processes) -> dict[str, Any] | None:
