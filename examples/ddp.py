@@ -1,6 +1,6 @@
 """DistributedDataParallel: every process computes its share of the penalty.
 
-The penalty depends only on the weights, so without `shard_group` every process would compute the same. `shard_group`
+The penalty depends only on the weights, so without `work_group` every process would compute the same. `work_group`
 splits the work, and DDP's averaging of the gradients adds the shares up to the exact gradient. So `accumulate_grad_`
 must come before the backward pass that synchronises the gradients. The data are real digits; needs scikit-learn.
 
@@ -32,7 +32,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = DistributedDataParallel(iso.models.isonet_cifar(14, width=8, in_channels=1).to(device))
-    reg = iso.OrthoRegularizer(model, coeff=1e-4, shard_group=dist.group.WORLD)
+    reg = iso.OrthoRegularizer(model, coeff=1e-4, work_group=dist.group.WORLD)
     optimizer = torch.optim.SGD(iso.param_groups(model, lr=0.01, weight_decay=1e-4), momentum=0.9)
 
     torch.manual_seed(rank)

@@ -1,7 +1,7 @@
 """FSDP2 (`fully_shard`): weights are shards, and the penalty sees them whole.
 
 The regularizer is made after `fully_shard`. It gathers the penalised weights in one float32 collective; with
-`shard_group` each process computes its share. Real digits; needs scikit-learn.
+`work_group` each process computes its share. Real digits; needs scikit-learn.
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2.py
 """
@@ -35,7 +35,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = iso.models.isonet_cifar(8, width=8, in_channels=1).to(device)
     fully_shard(model, mesh=init_device_mesh(device.type, (ranks,)))
-    reg = iso.OrthoRegularizer(model, coeff=1e-4, shard_group=dist.group.WORLD)
+    reg = iso.OrthoRegularizer(model, coeff=1e-4, work_group=dist.group.WORLD)
     optimizer = torch.optim.SGD(iso.param_groups(model, lr=0.01, weight_decay=1e-4), momentum=0.9)
 
     torch.manual_seed(rank)

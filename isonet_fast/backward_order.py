@@ -56,7 +56,7 @@ class BackwardOrder:
         stale = [w.grad for w in weights if w.grad is not None and self._ran_over(w)]
         if stale and torch.stack([grad.any() for grad in stale]).any():
             raise RuntimeError(
-                "accumulate_grad_() with shard_group must come before the backward that synchronises the gradients, "
+                "accumulate_grad_() with work_group must come before the backward that synchronises the gradients, "
                 "but a backward has already run since the gradients were cleared; call it before loss.backward() "
                 "(under gradient accumulation: before the last one, and give the regularizer the "
                 "DistributedDataParallel module, so that no_sync() is noticed)"

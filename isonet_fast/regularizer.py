@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ class OrthoRegularizer:
     forward may compute another weight (weight standardisation), weights that are sparse, complex, quantised or of a
     foreign tensor class. A regularizer that finds nothing to penalise warns.
 
-    model: the network. With `shard_group`, pass the DistributedDataParallel module, so that `no_sync` is noticed. With
+    model: the network. With `work_group`, pass the DistributedDataParallel module, so that `no_sync` is noticed. With
         FSDP2, pass the network after `fully_shard`. In a detector, the default filter also takes the convolutions of
         the pyramid and the heads. Restrict it to the backbone with `filter=lambda name, module:
         name.startswith("backbone.body.") and official_filter(name, module)`. The detectors of `models.detection` do not
@@ -60,18 +61,19 @@ class OrthoRegularizer:
     filter: `callable(name, module) -> bool`; None: `official_filter`, all but 7x7 kernels and three input channels.
     interval: k - 1 of k calls return 0, and the k-th returns k times the value. The counter is in the `state_dict`.
         `reg()` under no_grad (validation) is not counted and always returns the current value.
-    shard_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
+    work_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
         its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
     precision: as for `functional.orthogonality_loss`.
     include: classes that are covered too: nn.Linear; nn.ConvTranspose1d to 3d, as the adjoint operator of the
         convolution whose weight it shares; a subclass with a forward of its own that computes with the weight itself.
+    shard_group: the former name of `work_group`, deprecated.
 
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
-    `shard_group`: of this rank's share; `last_total()` adds the shares); 0 before the first.
+    `work_group`: of this rank's share; `last_total()` adds the shares); 0 before the first.
 
     FSDP2: `fully_shard` must shard every penalised weight over the same one-dimensional mesh. One all-gather assembles
     the float32 master weights. In every order of calls, `.grad` is then the mean of the ranks' other gradients plus the
-    full gradient of the penalty. With `shard_group`, each rank computes its share and one reduce-scatter adds the
+    full gradient of the penalty. With `work_group`, each rank computes its share and one reduce-scatter adds the
     shares; the group must have the ranks of the mesh. Without it, each rank computes everything. All ranks must make
     the same calls, also of `summary()`. `reg()` adds its gradient to `.grad` at the end of the backward pass, so
     `torch.autograd.grad` does not see it.
@@ -100,28 +102,32 @@ class OrthoRegularizer:
         penalty: Penalty | None = None,
         filter: Filter | None = None,
         interval: int = 1,
-        shard_group: dist.ProcessGroup | None = None,
+        work_group: dist.ProcessGroup | None = None,
         precision: Precision | None = None,
         include: Types = (),
+        *,
+        shard_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if shard_group is not None:
+            work_group = _renamed(shard_group, work_group)
         if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
             raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (each layer's own), got {penalty!r}")
         check_precision(precision)
         self.penalty, self.precision, self.interval = penalty, precision, _interval(interval)
         self._selection = Selection(model, coeff, penalty, filter, include)
-        self._model, self._shard_group = model, shard_group
+        self._model, self._work_group = model, work_group
         self._calls = 0
         self._losses: Tensor | None = None
         self._sharded: dict[nn.Module, nn.Parameter] = {}
         self._problems: dict[tuple, tuple[Problem, Shards | None]] = {}
         self._seen: tuple[list[nn.Parameter], list[torch.Size]] = [], []
         self._gathered: Gathered | None = None
-        self._order = BackwardOrder(model, shares=shard_group is not None)
-        self._shard = (0, 1)
-        if shard_group is not None:
-            self._shard = _place_in(shard_group)
+        self._order = BackwardOrder(model, shares=work_group is not None)
+        self._share = (0, 1)
+        if work_group is not None:
+            self._share = _place_in(work_group)
         self._adopt()
-        if shard_group is not None:
+        if work_group is not None:
             self._gather()  # so that the first backward pass is seen
 
     def _adopt(self) -> None:
@@ -192,10 +198,10 @@ class OrthoRegularizer:
         key = tuple((w.shape, is_sharded(w), *layer) for w, *layer in weights.values())
         if key not in self._problems:
             layers = tuple(layer_of(w, m, chosen) for w, m, chosen, _ in weights.values())
-            scale = self.interval * self._shard[1]
+            scale = self.interval * self._share[1]
             coefficients = tuple(value * scale for *_, value in weights.values())
-            problem = Problem(layers, coefficients, self.precision, self._shard).unique
-            self._problems = {key: (problem, Shards(now, self._shard_group) if any(map(is_sharded, now)) else None)}
+            problem = Problem(layers, coefficients, self.precision, self._share).unique
+            self._problems = {key: (problem, Shards(now, self._work_group) if any(map(is_sharded, now)) else None)}
         self._order.watch([w for w in now if not is_sharded(w)])
         return now, *self._problems[key]
 
@@ -241,7 +247,7 @@ class OrthoRegularizer:
         are clipped. Saves the autograd engine's addition per weight. The order that is right everywhere: zero_grad(),
         accumulate_grad_(), loss.backward(), optimizer step.
 
-        After loss.backward() it may come too, with two exceptions. Under DistributedDataParallel with `shard_group`
+        After loss.backward() it may come too, with two exceptions. Under DistributedDataParallel with `work_group`
         it must come before the backward that synchronises the gradients: its share has to be averaged with them. With
         hooks of `register_post_accumulate_grad_hook` (an optimizer in the backward pass) it must come between
         zero_grad() and loss.backward(): they see what `.grad` has then. A warning tells where they did not.
@@ -285,13 +291,13 @@ class OrthoRegularizer:
 
     @torch.no_grad()
     def last_total(self) -> Tensor:
-        """`last` of all ranks together: the full unweighted penalty, by one all_reduce over `shard_group`.
+        """`last` of all ranks together: the full unweighted penalty, by one all_reduce over `work_group`.
 
-        Every rank of the group must call it. Nothing waits for the device. Without `shard_group` it is `last`.
+        Every rank of the group must call it. Nothing waits for the device. Without `work_group` it is `last`.
         """
         total = self.last
-        if self._shard_group is not None:
-            dist.all_reduce(total, group=self._shard_group)
+        if self._work_group is not None:
+            dist.all_reduce(total, group=self._work_group)
         return total
 
     @torch.no_grad()
@@ -343,17 +349,24 @@ def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
     return grads  # type: ignore[return-value]
 
 
+def _renamed(old: dist.ProcessGroup, new: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if new is not None:
+        raise TypeError("work_group and shard_group are one argument under two names, got both; give only work_group")
+    warnings.warn("shard_group is now called work_group", DeprecationWarning, stacklevel=3)
+    return old
+
+
 def _place_in(group: Any) -> tuple[int, int]:
     """This process's rank in the group, and how many there are."""
     try:
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     except Exception as error:
         raise ValueError(
-            f"shard_group must be a process group of torch.distributed, after init_process_group, got "
+            f"work_group must be a process group of torch.distributed, after init_process_group, got "
             f"{type(group).__name__}: {error}"
         ) from error
     if rank < 0:
-        raise ValueError("shard_group must be a process group that this process belongs to")
+        raise ValueError("work_group must be a process group that this process belongs to")
     return rank, ranks
 
 

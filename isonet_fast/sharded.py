@@ -44,7 +44,7 @@ class Shards:
     messages every rank's part is padded to ceil(O / ranks) rows. Whole weights lie in one buffer, each with its padding
     at its end.
 
-    split_over: the `shard_group` of `OrthoRegularizer`, or None if every rank computes everything.
+    split_over: the `work_group` of `OrthoRegularizer`, or None if every rank computes everything.
 
     Raises ValueError for weights that are not all Shard(0) over one one-dimensional mesh, and for a `split_over` of
     other ranks.
@@ -56,7 +56,7 @@ class Shards:
         self._split = split_over is not None
         if self._split and _ranks(split_over) != _ranks(self._group):
             raise ValueError(
-                f"shard_group must have the ranks over which the weights are sharded, {_ranks(self._group)} in this "
+                f"work_group must have the ranks over which the weights are sharded, {_ranks(self._group)} in this "
                 f"order, got {_ranks(split_over)}"
             )
         self._shapes = [weight.shape for weight in weights]

@@ -40,7 +40,7 @@ ARGUMENTS = {
     "SReLU": ["num_channels", "init", "inplace"],
     "ResidualSReLU": ["num_channels", "init"],
     "SharedScale": ["init"],
-    "OrthoRegularizer": ["model", "coeff", "penalty", "filter", "interval", "shard_group", "precision"],
+    "OrthoRegularizer": ["model", "coeff", "penalty", "filter", "interval", "work_group", "precision"],
     "param_groups": ["model", "lr", "weight_decay"],
     "models.isonet_cifar": ["depth", "residual", "width", "num_classes", "in_channels"],
     "init.delta_": ["weight", "groups", "stride"],

@@ -1,6 +1,6 @@
 """OrthoRegularizer: the sum over a network of coeff * penalty, as a loss and straight into `.grad`.
 
-Sharding over ranks: test_regularizer_sharding.py. Which layers, coefficients, summary: test_regularizer_layers.py.
+Work split over ranks: test_regularizer_work_group.py. Which layers, coefficients, summary: test_regularizer_layers.py.
 """
 
 import copy

@@ -240,7 +240,7 @@ def group():
     dist.destroy_process_group()
 
 
-WRONG_ORDER = r"accumulate_grad_\(\) with shard_group must come before the backward"
+WRONG_ORDER = r"accumulate_grad_\(\) with work_group must come before the backward"
 EXCHANGES = {
     "assign=True": lambda net: net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True),
     "a new layer": lambda net: net.__setitem__(0, conv()),
@@ -251,7 +251,7 @@ EXCHANGES = {
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_the_order_is_checked_of_exchanged_weights_too(group, exchange):
     net = nn.Sequential(conv(), conv())
-    reg = OrthoRegularizer(net, 1.0, shard_group=group)
+    reg = OrthoRegularizer(net, 1.0, work_group=group)
     EXCHANGES[exchange](net)
     net(torch.ones(1, 4, 9, 9, dtype=DOUBLE)).square().sum().backward()
     with pytest.raises(RuntimeError, match=WRONG_ORDER):
@@ -270,7 +270,7 @@ def test_the_order_is_checked_of_exchanged_weights_too(group, exchange):
 def test_a_regularizer_of_shares_leaves_the_model_copyable(group):
     """Averaged models are deep copies; a process group cannot be copied."""
     net = nn.Sequential(conv(), conv())
-    reg = OrthoRegularizer(net, 1.0, shard_group=group)
+    reg = OrthoRegularizer(net, 1.0, work_group=group)
     reg()
     copied = copy.deepcopy(net)
     assert torch.equal(copied[0].weight, net[0].weight)

@@ -1,6 +1,6 @@
 """OrthoRegularizer with real processes: DDP = FSDP2 = one process, in float64.
 
-What the shares of the ranks are: test_regularizer_sharding.py. Here 2 and 3 processes start once each, and every check
+The shares of the ranks: test_regularizer_work_group.py. Here 2 and 3 processes start once each, and every check
 is a test of its own.
 """
 
@@ -159,7 +159,7 @@ def after_backward(model, reg):
 
 def ddp(net=None, **options):
     model = DistributedDataParallel(net or network(), **options)
-    return model, OrthoRegularizer(model, COEFF, shard_group=dist.group.WORLD)
+    return model, OrthoRegularizer(model, COEFF, work_group=dist.group.WORLD)
 
 
 def ddp_steps(form, **options):
@@ -229,7 +229,7 @@ def fsdp(net=None, split=True, each=True, **options):
         for n in (2, 4, 8) if len(model) > 2 else (1,):
             fully_shard(model[n], **options)
     fully_shard(model, **options)
-    return model, OrthoRegularizer(model, COEFF, shard_group=dist.group.WORLD if split else None)
+    return model, OrthoRegularizer(model, COEFF, work_group=dist.group.WORLD if split else None)
 
 
 def fsdp_steps(form, split, each):
@@ -353,12 +353,12 @@ def fsdp_built_after_an_evaluation():
     with torch.no_grad():
         task(model, 0)
     assert not isinstance(model[2].weight, DTensor)
-    steps(model, OrthoRegularizer(model, COEFF, shard_group=dist.group.WORLD), loss_plus_reg)
+    steps(model, OrthoRegularizer(model, COEFF, work_group=dist.group.WORLD), loss_plus_reg)
 
 
 def fsdp_interval():
     model = fsdp()[0]
-    reg = OrthoRegularizer(model, COEFF, interval=2, shard_group=dist.group.WORLD)
+    reg = OrthoRegularizer(model, COEFF, interval=2, work_group=dist.group.WORLD)
     assert reg.accumulate_grad_().item() == 0 and all(p.grad is None for p in model.parameters())
     reg.accumulate_grad_()
     expected = network()
@@ -440,12 +440,12 @@ def made_before_fully_shard():
         reg()
 
 
-def shard_group_of_other_ranks():
+def work_group_of_other_ranks():
     model = network()
     fully_shard(model)
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    with pytest.raises(ValueError, match=r"shard_group must have the ranks .*\[0, 1.*got \[\d\]"):
-        OrthoRegularizer(model, shard_group=alone)
+    with pytest.raises(ValueError, match=r"work_group must have the ranks .*\[0, 1.*got \[\d\]"):
+        OrthoRegularizer(model, work_group=alone)
 
 
 def named(check, **options):
@@ -501,7 +501,7 @@ CHECKS = {
     **named(fsdp_optimizer_in_the_backward),
     **named(sharded_otherwise),
     **named(made_before_fully_shard),
-    **named(shard_group_of_other_ranks),
+    **named(work_group_of_other_ranks),
 }
 
 

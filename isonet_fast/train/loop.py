@@ -106,7 +106,7 @@ class Run:
             config.penalty.coeff,
             cast(Penalty, config.penalty.kind),  # the configuration has checked it
             interval=config.penalty.interval,
-            shard_group=processes.group,
+            work_group=processes.group,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.forward: nn.Module = torch.compile(self.wrapped) if config.compile else self.wrapped  # type: ignore[assignment]

@@ -62,7 +62,7 @@ weight = init.delta_(weight, groups=2, stride=(2, 2, 1))
 
 net = Net("isonet")
 reg = OrthoRegularizer(net, 1e-4, "lorth", lambda name, module: name != "conv", interval=2, precision="highest")
-reg = OrthoRegularizer(net, coeff=lambda name, module: 1e-4, include=(nn.Linear, nn.ConvTranspose2d), shard_group=None)
+reg = OrthoRegularizer(net, coeff=lambda name, module: 1e-4, include=(nn.Linear, nn.ConvTranspose2d), work_group=None)
 loss = nn.functional.cross_entropy(net(x), torch.zeros(2, dtype=torch.long)) + reg()
 loss = reg.accumulate_grad_(grad_scale=2.0) + reg.last + reg.last_total()
 reg.load_state_dict(reg.state_dict())

@@ -65,14 +65,28 @@ def fake_ranks(monkeypatch):
 
 
 def test_a_group_that_this_process_is_not_in_is_refused(fake_ranks):
-    with pytest.raises(ValueError, match="shard_group must be a process group that this process belongs to"):
-        OrthoRegularizer(network(), shard_group=FakeGroup(-1, -1))
+    with pytest.raises(ValueError, match="work_group must be a process group that this process belongs to"):
+        OrthoRegularizer(network(), work_group=FakeGroup(-1, -1))
 
 
 @pytest.mark.parametrize("group", ["world", 3, True])
 def test_what_is_no_process_group_is_refused(group):
-    with pytest.raises(ValueError, match=f"shard_group must be a process group .* got {type(group).__name__}: "):
-        OrthoRegularizer(network(), shard_group=group)
+    with pytest.raises(ValueError, match=f"work_group must be a process group .* got {type(group).__name__}: "):
+        OrthoRegularizer(network(), work_group=group)
+
+
+def test_the_former_name_of_work_group_works_and_warns(fake_ranks):
+    net, group = network(), FakeGroup(1, 3)
+    with pytest.warns(DeprecationWarning, match="shard_group is now called work_group") as warned:
+        old = OrthoRegularizer(net, 0.1, shard_group=group)
+    assert warned[0].filename == __file__
+    assert old().item() == OrthoRegularizer(net, 0.1, work_group=group)().item() != OrthoRegularizer(net, 0.1)().item()
+
+
+def test_work_group_under_both_names_is_refused(fake_ranks):
+    group = FakeGroup(0, 1)
+    with pytest.raises(TypeError, match="one argument under two names, got both"):
+        OrthoRegularizer(network(), work_group=group, shard_group=group)
 
 
 RANKS = [1, 2, 3, 4, 5, 60]  # the network has 13 + 5 + 1 + 1 = 20 units
@@ -86,7 +100,7 @@ def test_the_mean_over_ranks_is_the_whole(fake_ranks, ranks, form, interval):
     values, gradients = [], []
     for rank in range(ranks):
         net = network()
-        reg = OrthoRegularizer(net, 0.1, shard_group=FakeGroup(rank, ranks), interval=interval)
+        reg = OrthoRegularizer(net, 0.1, work_group=FakeGroup(rank, ranks), interval=interval)
         for _ in range(interval):
             net.zero_grad()
             share = reg() if form == "autograd" else reg.accumulate_grad_()
@@ -146,7 +160,7 @@ def test_last_is_this_ranks_share_and_the_summary_is_whole(fake_ranks):
     value, _ = full(net, 1.0)
     lasts = []
     for rank in range(3):
-        reg = OrthoRegularizer(net, 0.1, shard_group=FakeGroup(rank, 3))
+        reg = OrthoRegularizer(net, 0.1, work_group=FakeGroup(rank, 3))
         reg()
         lasts.append(reg.last.item())
         assert sum(row.value for row in reg.summary()) == pytest.approx(value, rel=1e-12)
@@ -176,14 +190,14 @@ def assert_gradient(model, expected):
         torch.testing.assert_close(p.grad, want, rtol=1e-12, atol=1e-12)
 
 
-WRONG_ORDER = r"accumulate_grad_\(\) with shard_group must come before the backward .* call it before loss.backward\(\)"
+WRONG_ORDER = r"accumulate_grad_\(\) with work_group must come before the backward .* call it before loss.backward\(\)"
 
 
 @pytest.mark.parametrize("bucket_view", [False, True])
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_before_backward_it_is_right_step_after_step(group, bucket_view, set_to_none):
     model = DistributedDataParallel(network(), gradient_as_bucket_view=bucket_view)
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     for step in range(3):
         optimizer.zero_grad(set_to_none=set_to_none)
@@ -196,7 +210,7 @@ def test_before_backward_it_is_right_step_after_step(group, bucket_view, set_to_
 
 def test_the_autograd_form_is_right_with_ddp(group):
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     (loss_of(model) + reg()).backward()
     assert_gradient(model, expected_gradient())
 
@@ -204,7 +218,7 @@ def test_the_autograd_form_is_right_with_ddp(group):
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda net: net], ids=["DDP", "bare"])
 def test_after_backward_it_raises_and_changes_nothing(group, wrap):
     model = wrap(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     loss_of(model).backward()
     before = [p.grad.clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match=WRONG_ORDER):
@@ -214,7 +228,7 @@ def test_after_backward_it_raises_and_changes_nothing(group, wrap):
 
 def test_wrong_order_is_noticed_at_a_later_step_too(group):
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     reg.accumulate_grad_()
     loss_of(model).backward()
@@ -228,7 +242,7 @@ def test_wrong_order_is_noticed_at_a_later_step_too(group):
 def test_accumulation_under_no_sync_may_come_first(group):
     """Two micro-batches that do not synchronise, the penalty, then the one that does."""
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     with model.no_sync():
         for _ in range(2):
             loss_of(model).backward()
@@ -243,7 +257,7 @@ def test_accumulation_under_no_sync_may_come_first(group):
 def test_after_an_optimizer_step_it_may_come_again(group, zero_grad):
     """The gradients of the last step, still there or set to zero, are not taken for this step's."""
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     for _ in range(2):
         reg.accumulate_grad_()
@@ -259,7 +273,7 @@ def test_after_an_optimizer_step_it_may_come_again(group, zero_grad):
 def test_every_kind_of_optimizer_may_have_stepped(group, optimizer, kind, set_to_none):
     """A fused one does not change the version counters of the weights."""
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     stepper = getattr(torch.optim, optimizer)(model.parameters(), lr=0.01, **kind)
     for _ in range(2):
         stepper.zero_grad(set_to_none=set_to_none)
@@ -276,7 +290,7 @@ def test_every_kind_of_optimizer_may_have_stepped(group, optimizer, kind, set_to
 def test_a_step_skipped_by_a_gradient_scaler_is_no_wrong_order(group, set_to_none):
     """After an overflow there is no optimizer step, only the gradients are cleared."""
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group)
+    reg = OrthoRegularizer(model, 0.1, work_group=group)
     for _ in range(2):
         reg.accumulate_grad_()
         loss_of(model).backward()
@@ -286,12 +300,12 @@ def test_a_step_skipped_by_a_gradient_scaler_is_no_wrong_order(group, set_to_non
 
 def test_a_call_that_is_not_due_may_come_at_any_time(group):
     model = DistributedDataParallel(network())
-    reg = OrthoRegularizer(model, 0.1, shard_group=group, interval=2)
+    reg = OrthoRegularizer(model, 0.1, work_group=group, interval=2)
     loss_of(model).backward()
     assert reg.accumulate_grad_().item() == 0
 
 
-def test_without_a_shard_group_it_may_come_after_backward():
+def test_without_a_work_group_it_may_come_after_backward():
     net = network()
     reg = OrthoRegularizer(net, 0.1)
     loss_of(net).backward()
