@@ -1,4 +1,4 @@
-"""Rung 0: the specification against itself, and the penalty against the operator that it speaks of."""
+"""The specification against itself, and the penalty against the operator that it speaks of."""
 
 import math
 

@@ -47,7 +47,7 @@ def launches(printed: str) -> int:
     return int(found[1])
 
 
-def test_ops(emulated: pathlib.Path) -> None:
+def test_the_tests_of_the_ops_pass_on_the_emulated_cuda_kernels(emulated: pathlib.Path) -> None:
     options = [
         "-p",
         "no:cacheprovider",

@@ -75,7 +75,7 @@ def test_copies_are_equal_and_independent(make, copied):
 
 
 @every_layer
-def test_moves(make):
+def test_a_layer_follows_to_another_dtype_and_device(make):
     layer = make(init=0.5)
     assert next(layer.to(torch.bfloat16).parameters()).dtype == torch.bfloat16
     parameter = next(layer.double().parameters())

@@ -1,4 +1,4 @@
-"""Rung 1: the penalty of lists of weights against the reference, whoever computes it (closed form or Triton)."""
+"""The penalty of lists of weights against the reference, whoever computes it (closed form or Triton)."""
 
 import pytest
 import torch

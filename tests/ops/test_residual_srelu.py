@@ -1,4 +1,4 @@
-"""Rung 1: the residual join against the reference, with and without a scale, in place and not."""
+"""The residual join against the reference, with and without a scale, in place and not."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rung 1: srelu against the reference, in place and not, whoever computes it (PyTorch, C++ or CUDA)."""
+"""srelu against the reference, in place and not, whoever computes it (PyTorch, C++ or CUDA)."""
 
 import pytest
 import torch

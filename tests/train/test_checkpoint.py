@@ -58,7 +58,7 @@ def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
             checkpoint.check(path)
 
 
-def test_both_damaged(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     for n in (1, 2):
         checkpoint.save(state(n), tmp_path / "latest.pt")
     for name in ("latest.pt", "previous.pt"):

@@ -51,7 +51,9 @@ def test_images_from_end_to_end(photographs: Path, tmp_path: Path, capsys: pytes
     assert "val/cat/1.jpg" in capsys.readouterr().err
 
 
-def test_strict(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strict_training_ends_at_a_corrupt_image(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["train", "--config", "isonet_digits", "--data", f"imagefolder:{photographs}", "--strict"]
     assert main([*arguments, "--output", str(tmp_path / "run"), *words(*FOLDER)]) == 1
     assert f"corrupt image: {photographs}/train/dog/4.jpg (" in capsys.readouterr().err

@@ -220,7 +220,7 @@ def test_a_table_is_made_by_all_together(folder: Path, two: Any) -> None:
     alike(folder / "table-one", folder / "table" / "b-minus-1-learned" / "lr-0.006-seed-0")
 
 
-def test_three_are_one(folder: Path, three: Any) -> None:
+def test_three_processes_train_like_one_with_the_whole_batch(folder: Path, three: Any) -> None:
     assert run(words(folder / "one-of-12", "data.batch_size=12", "optimizer.lr=0.06"), None, 0) == 0
     alike(folder / "one-of-12", folder / "three")
 
@@ -249,7 +249,9 @@ def test_as_many_ranks_go_on_with_the_same_bits(kind: str, folder: Path, two: An
 
 
 @pytest.mark.parametrize("name", ["two-to-one", "sharded-to-one"])
-def test_one_goes_on_for_two(name: str, folder: Path, two: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_resumes_a_run_of_two(
+    name: str, folder: Path, two: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert latest(folder / name)["position"] | {"best": 0} == {"epoch": 2, "examples": 16, "step": 7, "best": 0}
     assert run(resume(folder / name, *ONE), None, 0) == 0
     assert "the checkpoint is of 2 processes, this run has 1" in capsys.readouterr().out
@@ -259,7 +261,7 @@ def test_one_goes_on_for_two(name: str, folder: Path, two: Any, capsys: pytest.C
 
 
 @pytest.mark.parametrize("name", ["one-to-two", "one-to-sharded"])
-def test_two_go_on_for_one(name: str, folder: Path, two: Any) -> None:
+def test_two_processes_resume_a_run_of_one(name: str, folder: Path, two: Any) -> None:
     assert "the checkpoint is of one process, this run has 2" in two.said
     alike(folder / "one", folder / name)
 
