@@ -25,7 +25,7 @@ Precision = Literal["highest"]  # None: as fast as the tolerances allow
 SMALL = 128**2
 # The compiled kernel multiplies a small layer's taps in cache; the frequency form must save this factor to be faster.
 # Measured on one thread of an AMD EPYC: with 2.9 times fewer products (32 channels, 5x5) the two take the same time,
-# with 3.6 (64 channels) the frequency form takes a third.
+# with 3.6 (64 channels) the frequency form takes two thirds (docs/benchmarks.md).
 SMALL_FACTOR = 3
 
 
