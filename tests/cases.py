@@ -1,50 +1,105 @@
 """Sizes and corner cases that every op is tested with, and the tolerance that all share."""
 
+import math
+
 import torch
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+from tests import extents
 
-# (N, C, ...): odd sizes, tails of every vector width, one, none, any number of trailing dimensions
+DTYPES = tuple(getattr(torch, name) for name in extents.DTYPES)
+
+# (N, C, ...): odd sizes, tails of every vector width, one, any number of trailing dimensions
 SHAPES = (
-    (2, 3, 5, 7),
+    (3, 5, 7, 7),
     (4, 16, 8, 8),
     (2, 33, 9, 9),
-    (1, 1, 1, 1),
+    (4, 3, 33, 5),
+    (1, 6, 40, 41),
+    (2, 20, 3, 3),
     (3, 64, 1, 1),
+    (1, 1, 3, 1),
+    (1, 1, 1, 1),
     (5, 7),
+    (5, 16),
     (2, 8, 13),
+    (3, 7, 29),
     (2, 5, 3, 4, 5),
-    (0, 4, 3, 3),
-    (2, 0, 3, 3),
-    (2, 4, 0, 3),
 )
+EMPTY = ((0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (0, 0))
+
+# Of the penalty: weight shape (O, I/g, k...), stride, dilation, groups
+LAYERS = (
+    ((16, 16, 3, 3), 1, 1, 1),
+    ((32, 16, 3, 3), 2, 1, 1),
+    ((16, 32, 1, 1), 1, 1, 1),
+    ((32, 16, 1, 1), 2, 1, 1),
+    ((8, 24, 5, 5), 2, 1, 1),
+    ((9, 5, 7, 7), 3, 1, 1),
+    ((8, 8, 1, 3), 1, 1, 1),
+    ((8, 8, 2, 4), (1, 2), 1, 1),
+    ((8, 4, 3, 3), 1, 2, 2),
+    ((24, 4, 3, 3), 2, 2, 1),
+    ((12, 1, 3, 3), 1, 1, 12),
+    ((6, 5, 4), 3, 2, 1),
+    ((5, 6, 2, 3, 2), (1, 2, 1), 1, 1),
+    ((17, 33), 1, 1, 1),
+    ((33, 17), 1, 1, 1),
+    ((20, 4, 3, 3), 2, 1, 1),  # more rows than the operator has columns: "lorth" subtracts a constant
+    ((16, 32, 3, 3), 2, 2, 1),
+    ((10, 21, 2, 2), 1, 1, 1),
+    ((33, 12, 1, 3), (1, 3), (1, 2), 1),
+    ((12, 33, 3, 1), 1, 1, 1),
+    ((20, 6, 3, 3), 1, 1, 2),
+    ((12, 10, 3, 3), 2, 1, 4),
+    ((1, 1, 3, 3), 1, 1, 1),
+    ((1, 8, 3), 1, 1, 1),
+)
+EMPTY_LAYERS = (((8, 0, 3, 3), 1, 1, 1), ((0, 8, 3, 3), 1, 1, 1))
+
+
+def channels_last(x):
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+# The same values in every memory order.
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": channels_last,
+    "batch innermost": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "channels outermost": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "reversed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),  # the first dimension for the last
+    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],  # gaps
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
 
 
 def layouts(x):
-    """The same values in every memory format: (name, tensor)."""
-    yield "contiguous", x.contiguous()
-    if x.dim() == 4:
-        yield "channels_last", x.contiguous(memory_format=torch.channels_last)
-    if x.dim() == 5:
-        yield "channels_last_3d", x.contiguous(memory_format=torch.channels_last_3d)
-    yield "permuted", x.movedim(0, -1).contiguous().movedim(-1, 0)  # dense, batch innermost
-    yield "sliced", torch.cat([x, x], -1)[..., : x.shape[-1]]
-    yield "misaligned", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    yield "flipped channels", x.flip(1).contiguous().flip(1)
+    """The same values in every memory order: (name, tensor)."""
+    return ((name, lay(x)) for name, lay in LAYOUTS.items())
 
 
-def activations(shape, dtype, device):
-    """Values with ties with the bias, NaN, both infinities and both zeros sprinkled in; and the bias."""
+def per_channel(bias, x):
+    """The bias in the dtype of x, in a shape that broadcasts over x (N, C, ...)."""
+    return bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
+def activations(shape, dtype, device, bias_dtype=None):
+    """Values with ties with the bias, NaN, both infinities and both zeros sprinkled in; and the bias, of x's dtype or
+    another."""
     generator = torch.Generator().manual_seed(sum(shape) + len(shape))
-    x = torch.randn(shape, generator=generator)
-    bias = torch.randn(shape[1], generator=generator) * 0.5
+    x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    bias = (torch.randn(shape[1], dtype=torch.float64, generator=generator) * 0.5).to(bias_dtype or dtype)
     flat = x.view(-1)
-    ties = torch.rand(shape, generator=generator) < 0.1
-    x = torch.where(ties, bias.to(dtype).float().view(-1, *[1] * (len(shape) - 2)), x)
-    flat = x.view(-1)
+    flat[::3] = per_channel(bias.to(dtype), x).expand(shape).reshape(-1)[::3]
     for n, value in enumerate((float("nan"), float("inf"), -float("inf"), 0.0, -0.0)):
-        flat[7 * n + 3 :: 41] = value
-    return x.to(device, dtype), bias.to(device, dtype)
+        flat[7 * n + 1 :: 41] = value
+    return x.to(device, dtype), bias.to(device)
+
+
+def random_weight(shape):
+    """Of a trained layer's size."""
+    return torch.randn(shape) / max(1, math.prod(shape[1:])) ** 0.5
 
 
 def assert_accurate(actual, reference, plain, message=""):

@@ -3,68 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from isonet_fast.ops import _library
+from tests.cases import DTYPES, EMPTY, LAYOUTS, SHAPES, activations, per_channel
 
 if _library.why_not_compiled:
     pytest.skip(_library.why_not_compiled, allow_module_level=True)
 
 ops = torch.ops.isonet_fast
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-# Memory orders of a 4-D or 5-D tensor; each maps a contiguous float64 (N, C, *) tensor to one with the same values.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels_last": lambda x: x.contiguous(
-        memory_format=torch.channels_last
-        if x.dim() == 4
-        else torch.channels_last_3d
-        if x.dim() == 5
-        else torch.contiguous_format
-    ),
-    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),  # dense, N innermost
-    "channels_first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),  # dense, C outermost
-    "sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],  # gaps
-    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),  # dense, misaligned
-}
-SHAPES = [
-    (2, 64, 8, 8),
-    (3, 5, 7, 7),
-    (4, 3, 33, 5),
-    (2, 8, 1, 1),
-    (1, 1, 3, 1),
-    (2, 20, 3, 3),
-    (1, 6, 40, 41),
-    (5, 16),
-    (3, 7, 29),
-    (2, 6, 3, 4, 5),
-]
-EMPTY = [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (0, 0)]
 
 
-def special(shape: tuple, seed: int, bias: Tensor | None = None) -> Tensor:
-    """Normal values with NaN, infinities, signed zeros and, if a bias is given, ties. float64."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, dtype=torch.float64, generator=generator)
-    flat = x.view(-1)
-    if bias is not None and flat.numel():
-        flat[::3] = bias.double().view(-1, *[1] * (len(shape) - 2)).expand(shape).reshape(-1)[::3]
-        values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0], dtype=torch.float64)
-        flat[1 : 1 + 7 * 5 : 7] = values[: len(flat[1 : 1 + 7 * 5 : 7])]
-    return x
-
-
-def laid(x: Tensor, layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return LAYOUTS[layout](x.to(dtype).to(device))
-
-
-def per_channel(bias: Tensor, x: Tensor) -> Tensor:
-    return bias.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+def normal(shape: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
 
 def expected_srelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -91,31 +45,23 @@ def channel_dims(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 
 
-def bias_for(shape: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return (
-        (torch.randn(shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.5 - 0.2)
-        .to(dtype)
-        .to(device)
-    )
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_srelu(device: torch.device, shape: tuple, layout: str) -> None:
     for dtype, master in itertools.product(DTYPES, (False, True)):
-        bias = bias_for(shape, torch.float32 if master else dtype, device)
-        x = laid(special(shape, 0, bias.to(dtype).cpu()), layout, dtype, device)
+        values, bias = activations(shape, dtype, device, torch.float32 if master else dtype)
+        x = LAYOUTS[layout](values)
         before = x.clone()
         y = ops.srelu(x, bias)
         same(y, expected_srelu(x, bias))
         same(x, before)
         assert y.stride() == torch.empty_like(x).stride()
 
-        inplace = laid(x.cpu().double().clone(), layout, dtype, device)
+        inplace = LAYOUTS[layout](values.clone())
         ops.srelu_(inplace, bias)
         same(inplace, y)
 
-        g = laid(special(shape, 2), layout, dtype, device)
+        g = LAYOUTS[layout](normal(shape, dtype, device))
         grad_x, grad_bias = ops.srelu_backward(g, y, bias)
         taken = y <= per_channel(bias, y)
         same(grad_x, torch.where(taken, 0, g))
@@ -129,10 +75,9 @@ def test_residual_srelu(device: torch.device, shape: tuple, layout: str) -> None
     for dtype, master in itertools.product(DTYPES, (False, True)):
         parameters = torch.float32 if master else dtype
         wide = torch.promote_types(dtype, torch.float32)
-        bias = bias_for(shape, parameters, device)
+        values, bias = activations(shape, dtype, device, parameters)
         scale = torch.tensor([0.7], dtype=parameters, device=device)
-        shortcut = laid(special(shape, 0, bias.to(dtype).cpu()), layout, dtype, device)
-        branch = laid(special(shape, 3), layout, dtype, device)
+        shortcut, branch = LAYOUTS[layout](values), LAYOUTS[layout](normal(shape, dtype, device))
         y = ops.residual_srelu(shortcut, branch, bias, None)
         same(y, expected_srelu((shortcut.to(wide) + branch.to(wide)).to(dtype), bias))
         y = ops.residual_srelu(shortcut, branch, bias, scale)
@@ -148,11 +93,11 @@ def test_residual_srelu(device: torch.device, shape: tuple, layout: str) -> None
         assert torch.equal(y[~finite].nan_to_num(), two_step[~finite].nan_to_num())
         assert y.stride() == torch.empty_like(shortcut).stride()
 
-        over = laid(branch.cpu().double().clone(), layout, dtype, device)
+        over = LAYOUTS[layout](branch.clone())
         ops.residual_srelu_(shortcut, over, bias, scale)
         same(over, y)
 
-        g = laid(special(shape, 4), layout, dtype, device)
+        g = LAYOUTS[layout](normal(shape, dtype, device))
         grads = ops.residual_srelu_backward(g, y, branch, bias, scale)
         grad_shortcut, grad_branch, grad_bias, grad_scale = grads
         taken = y <= per_channel(bias, y)
@@ -168,7 +113,7 @@ def test_residual_srelu(device: torch.device, shape: tuple, layout: str) -> None
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_no_elements(device: torch.device, shape: tuple) -> None:
     for dtype in DTYPES:
-        x, bias = torch.empty(shape, dtype=dtype, device=device), bias_for(shape, dtype, device)
+        x, bias = activations(shape, dtype, device)
         scale = torch.ones((), dtype=dtype, device=device)
         assert ops.srelu(x, bias).shape == x.shape and ops.residual_srelu(x, x.clone(), bias, scale).shape == x.shape
         ops.srelu_(x, bias)
@@ -179,8 +124,8 @@ def test_no_elements(device: torch.device, shape: tuple) -> None:
 
 def test_mixed_memory_orders(device: torch.device) -> None:
     """The gradient of a channels_last output may arrive contiguous or expanded; the join's inputs may differ too."""
-    bias, scale = bias_for((2, 6), torch.float32, device), torch.tensor(0.5, device=device)
-    x = special((2, 6, 5, 4), 0).float().to(device)
+    bias, scale = torch.randn(6, device=device), torch.tensor(0.5, device=device)
+    x = torch.randn(2, 6, 5, 4, device=device)
     last = x.contiguous(memory_format=torch.channels_last)
     y = ops.srelu(last, bias)
     grads = (
@@ -205,8 +150,8 @@ def test_same_bits_twice(device: torch.device) -> None:
     """No atomics; and on the CPU the number of threads does not matter either."""
     threads = torch.get_num_threads()
     for dtype, layout in itertools.product(DTYPES, ("contiguous", "channels_last")):
-        bias, scale = bias_for((4, 32), dtype, device), torch.ones(1, dtype=dtype, device=device)
-        y, g, branch = (laid(special((4, 32, 60, 60), seed), layout, dtype, device) for seed in (0, 1, 2))
+        bias, scale = normal((32,), dtype, device), torch.ones(1, dtype=dtype, device=device)
+        y, g, branch = (LAYOUTS[layout](normal((4, 32, 60, 60), dtype, device)) for _ in range(3))
         results = []
         for count in (threads, 1, 2, 3):
             torch.set_num_threads(count)
@@ -218,8 +163,8 @@ def test_same_bits_twice(device: torch.device) -> None:
 
 def test_grad_output_is_left_alone(device: torch.device) -> None:
     """Autograd may share one gradient between two nodes."""
-    bias = bias_for((2, 4), torch.float32, device)
-    y, g = (special((2, 4, 3, 3), seed).float().to(device) for seed in (0, 1))
+    bias = torch.randn(4, device=device)
+    y, g = torch.randn(2, 2, 4, 3, 3, device=device)
     before = g.clone()
     grad_x, _ = ops.srelu_backward(g, y, bias)
     ops.residual_srelu_backward(g, y, y, bias, torch.ones(1, device=device))
@@ -231,7 +176,7 @@ def test_long_sums_stay_accurate(device: torch.device) -> None:
     shape = (4, 2, 512, 512)
     for dtype in DTYPES:
         for layout in ("contiguous", "channels_last"):
-            y = laid(torch.full(shape, -1.0, dtype=torch.float64), layout, dtype, device)
+            y = LAYOUTS[layout](torch.full(shape, -1.0, dtype=dtype, device=device))
             bias = torch.zeros(2, dtype=torch.float32 if dtype != torch.float64 else dtype, device=device)
             g = torch.full_like(y, 0.1)
             _, grad_bias = ops.srelu_backward(g, y, bias)
@@ -268,8 +213,8 @@ def test_every_activation_has_a_kernel_for_this_device(device: torch.device) -> 
 def test_cuda_graph_and_streams(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("graphs and streams are CUDA's")
-    bias, scale = bias_for((4, 16), torch.float32, device), torch.ones(1, device=device)
-    x, g = (special((4, 16, 32, 32), seed).float().to(device) for seed in (0, 1))
+    bias, scale = torch.randn(16, device=device), torch.ones(1, device=device)
+    x, g = torch.randn(2, 4, 16, 32, 32, device=device)
 
     def step() -> list[Tensor]:
         y = ops.residual_srelu(x, x, bias, scale)
@@ -295,8 +240,8 @@ def test_a_second_device(device: torch.device) -> None:
     """Launched where the tensors are, whichever device is current, on that device's stream."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("no second GPU")
-    bias, scale = bias_for((4, 16), torch.float32, device), torch.ones(1, device=device)
-    x, g = (special((4, 16, 32, 32), seed).float().to(device) for seed in (0, 1))
+    bias, scale = torch.randn(16, device=device), torch.ones(1, device=device)
+    x, g = torch.randn(2, 4, 16, 32, 32, device=device)
     first = [ops.srelu(x, bias), *ops.residual_srelu_backward(g, x, x, bias, scale)]
     there = torch.device("cuda", 1)
     x, g, bias, scale = (tensor.to(there) for tensor in (x, g, bias, scale))

@@ -12,44 +12,17 @@ from isonet_fast.geometry import PENALTIES
 from isonet_fast.ops import _library, orthogonality, small_layers
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
-from tests.cases import assert_accurate, layouts
+from tests.cases import EMPTY_LAYERS, LAYERS, assert_accurate, layouts, random_weight
 
 if _library.why_not_compiled:
     pytest.skip(_library.why_not_compiled, allow_module_level=True)
 
 ops = torch.ops.isonet_fast
 
-# weight shape (O, I/g, k...), stride, dilation, groups
-LAYERS = [
-    ((16, 16, 3, 3), 1, 1, 1),
-    ((20, 4, 3, 3), 2, 1, 1),  # more rows than the operator has columns: "lorth" subtracts a constant
-    ((16, 32, 3, 3), 2, 2, 1),
-    ((7, 9, 5, 5), 3, 1, 1),
-    ((9, 7, 5, 5), 2, 1, 1),
-    ((10, 21, 2, 2), 1, 1, 1),
-    ((33, 12, 1, 3), (1, 3), (1, 2), 1),
-    ((12, 33, 3, 1), 1, 1, 1),
-    ((24, 40, 1, 1), 2, 1, 1),
-    ((40, 24), 1, 1, 1),
-    ((6, 5, 4), 3, 2, 1),
-    ((5, 6, 2, 3, 2), (1, 2, 1), 1, 1),
-    ((20, 6, 3, 3), 1, 1, 2),
-    ((12, 10, 3, 3), 2, 1, 4),
-    ((14, 1, 3, 3), 1, 1, 14),
-    ((1, 1, 3, 3), 1, 1, 1),
-    ((1, 8, 3), 1, 1, 1),
-    ((8, 0, 3, 3), 1, 1, 1),
-    ((0, 8, 3, 3), 1, 1, 1),
-]
-
 
 def problem_of(weights, geometry, part=(0, 1), coefficients=None):
     layers = tuple(checked_layer(w, *rest) for w, rest in zip(weights, geometry))
     return Problem(layers, tuple(coefficients or [1.0] * len(layers)), None, part)
-
-
-def random_weight(shape) -> Tensor:
-    return torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
 
 
 def expected(weight, stride, dilation, groups, penalty, dtype) -> tuple[Tensor, Tensor]:
@@ -93,7 +66,7 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("shape, stride, dilation, groups", LAYERS)
+@pytest.mark.parametrize("shape, stride, dilation, groups", LAYERS + EMPTY_LAYERS)
 def test_against_the_reference(shape, stride, dilation, groups, penalty, kernel_calls):
     check(random_weight(shape), stride, dilation, groups, penalty)
     assert set(kernel_calls) == {1}
@@ -134,7 +107,7 @@ def test_below_and_above_the_limit(shape, served, kernel_calls):
 
 def network():
     """Small layers with larger and equal ones between them."""
-    specs = [LAYERS[n] for n in (0, 1, 3, 0, 10, 12, 14)]
+    specs = [LAYERS[n] for n in (0, 15, 5, 0, 11, 20, 10)]
     specs[3:3] = [((160, 130, 1, 1), 1, 1, 1)]
     assert specs[1][0] == (20, 4, 3, 3)  # its penalty is "lorth", with a constant that one share subtracts
     geometry = [(s, e, g, tuple(PENALTIES)[n % 3]) for n, (_, s, e, g) in enumerate(specs)]

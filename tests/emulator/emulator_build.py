@@ -66,6 +66,7 @@ def run_checks(module: pathlib.Path, *options: str, planted: str = "") -> subpro
         LD_PRELOAD=" ".join(str(pathlib.Path(path).resolve()) for path in runtime),
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
         EMULATOR_PLANTED=planted,
+        PYTHONPATH=str(ROOT),
         OMP_NUM_THREADS="1",
         OPENBLAS_NUM_THREADS="1",
     )

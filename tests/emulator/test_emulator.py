@@ -10,17 +10,19 @@ import emulator_checks as checks
 import pytest
 from emulator_build import run_checks
 
+from tests.extents import DTYPES, EXTENTS
+
 
 @pytest.fixture(scope="session")
 def emulator(emulator_build: pathlib.Path) -> ModuleType:
     return checks.load(str(emulator_build / "emulator.so"))
 
 
-@pytest.mark.parametrize("extent", checks.EXTENTS, ids=str)
+@pytest.mark.parametrize("extent", EXTENTS, ids=str)
 def test_launchers(emulator: ModuleType, extent: tuple) -> None:
     """Against numpy in four orders of threads, with the bytes of every launch counted; see emulator_checks.check."""
     mine = [case for case in checks.cases() if case[0] == extent]
-    assert len(mine) >= len(checks.DTYPES)
+    assert len(mine) >= len(DTYPES)
     for case in mine:
         checks.check(emulator, case)
 

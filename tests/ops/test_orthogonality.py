@@ -9,28 +9,9 @@ from isonet_fast.geometry import PENALTIES, Layer, split_work
 from isonet_fast.ops import closed_form, orthogonality, overlap_form
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem, read
+from tests.cases import LAYERS, LAYOUTS, random_weight
 
 ops = torch.ops.isonet_fast
-
-# weight shape (O, I/g, k...), stride, dilation, groups
-LAYERS = [
-    ((16, 16, 3, 3), 1, 1, 1),
-    ((32, 16, 3, 3), 2, 1, 1),
-    ((16, 32, 1, 1), 1, 1, 1),
-    ((32, 16, 1, 1), 2, 1, 1),
-    ((8, 24, 5, 5), 2, 1, 1),
-    ((9, 5, 7, 7), 3, 1, 1),
-    ((8, 8, 1, 3), 1, 1, 1),
-    ((8, 8, 2, 4), (1, 2), 1, 1),
-    ((8, 4, 3, 3), 1, 2, 2),
-    ((24, 4, 3, 3), 2, 2, 1),
-    ((12, 1, 3, 3), 1, 1, 12),
-    ((6, 5, 4), 3, 2, 1),
-    ((5, 6, 2, 3, 2), (1, 2, 1), 1, 1),
-    ((17, 33), 1, 1, 1),
-    ((33, 17), 1, 1, 1),
-]
-
 
 both_forms = pytest.mark.usefixtures("form")  # where the closed form computes
 
@@ -46,16 +27,13 @@ def form(request, monkeypatch):
 
 def weights_like(shape, kind, device, dtype):
     """Dirac, near a dirac, and random weights of a trained layer's size."""
-    weight = torch.randn(shape)
-    if kind != "random":
-        noise = 1e-3 * weight if kind == "near" else 0
-        delta = torch.zeros(shape)
-        for i in range(min(shape[:2])):
-            delta[(i, i, *(k // 2 for k in shape[2:]))] = 1
-        weight = delta + noise
-    else:
-        weight = weight / weight[0].numel() ** 0.5
-    return weight.to(device, dtype)
+    if kind == "random":
+        return random_weight(shape).to(device, dtype)
+    delta = torch.zeros(shape)
+    for i in range(min(shape[:2])):
+        delta[(i, i, *(k // 2 for k in shape[2:]))] = 1
+    noise = 1e-3 * torch.randn(shape) if kind == "near" else 0
+    return (delta + noise).to(device, dtype)
 
 
 def tolerance(device, dtype):
@@ -145,18 +123,9 @@ def test_two_forwards_before_a_backward(device):
 
 
 @both_forms
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_of_any_layout(layout, device):
-    weight = torch.randn(8, 6, 3, 3, device=device)
-    weight = (
-        {
-            "channels_last": weight.to(memory_format=torch.channels_last),
-            "transposed": weight.transpose(0, 1).contiguous().transpose(0, 1),
-            "sliced": torch.cat([weight, weight], 1)[:, :6],
-        }[layout]
-        .detach()
-        .requires_grad_()
-    )
+    weight = LAYOUTS[layout](torch.randn(8, 6, 3, 3, device=device)).requires_grad_()
     (grad,) = torch.autograd.grad(functional.orthogonality_loss(weight), weight)
     _, (exact,) = reference_value_and_grads([weight])
     assert relative(grad, exact) < 1e-2

@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from isonet_fast import functional, reference
 from isonet_fast.ops.residual_srelu import _residual_srelu, _residual_srelu_backward
-from tests.cases import DTYPES, SHAPES, activations, assert_accurate, layouts
+from tests.cases import DTYPES, EMPTY, SHAPES, activations, assert_accurate, layouts, per_channel
 
 ops = torch.ops.isonet_fast
 
@@ -26,7 +26,7 @@ FORMS = {"plain": functional.residual_srelu, "inplace": inplace_join, "scaled": 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 def test_against_the_reference(shape, dtype, form, device):
     values, bias = activations(shape, dtype, device)
     branch = torch.randn(shape, device=device).to(dtype)
@@ -48,7 +48,7 @@ def test_against_the_reference(shape, dtype, form, device):
 
 def plain_bias_grad(y, bias, grad):
     """db from the op's own output, in float64."""
-    taken = y.detach() <= bias.view(-1, *[1] * (y.dim() - 2))
+    taken = y.detach() <= per_channel(bias, y)
     return torch.where(taken, grad.double(), 0).sum([d for d in range(y.dim()) if d != 1])
 
 

@@ -8,7 +8,7 @@ from torch.library import opcheck
 from isonet_fast import functional, reference
 from isonet_fast.ops import _library
 from isonet_fast.ops.srelu import _srelu, _srelu_backward
-from tests.cases import DTYPES, SHAPES, activations, assert_accurate, layouts
+from tests.cases import DTYPES, EMPTY, SHAPES, activations, assert_accurate, layouts
 
 ops = torch.ops.isonet_fast
 
@@ -21,7 +21,7 @@ def value_and_grads(f, x, bias, grad):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 def test_against_the_reference(shape, dtype, inplace, device):
     values, bias = activations(shape, dtype, device)
     grad = torch.randn(shape, device=device).to(dtype)
