@@ -86,10 +86,12 @@ class Layer:
     def transposed(self) -> bool:
         """Whether rows are inputs: the smaller side, where the penalty allows it.
 
-        Where the operator acts as an unstrided one both sides agree up to the constant, so the smaller one serves.
+        Where the operator acts as an unstrided one both sides agree up to the constant, so the smaller one serves a
+        penalty that subtracts it.
         """
         outputs, inputs = self._sides
-        return inputs < outputs and (not self.rule.rows_are_outputs or self._phases == 1)
+        either = not self.rule.rows_are_outputs or (self.rule.constant and self._phases == 1)
+        return inputs < outputs and either
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -116,12 +118,14 @@ class Layer:
         return self.rows * max(self.rows, self.columns) <= SMALL
 
     @property
+    def excess(self) -> int:
+        """By how many one group's rows outnumber the operator's columns: so many eigenvalues of R are -1 at best."""
+        return max(0, self.rows - self.columns * self._phases)
+
+    @property
     def constant(self) -> float:
-        """What is subtracted so that the minimum is 0, all groups together (`lorth` with more rows than
-        the operator has columns; 0 elsewhere)."""
-        if not self.rule.constant or self.transposed:
-            return 0.0
-        return self.groups * max(0, self.rows - self.columns * self._phases) / 2
+        """What is subtracted so that the minimum is 0, all groups together (0 where the penalty subtracts nothing)."""
+        return self.groups * self.excess / 2 if self.rule.constant else 0.0
 
     @property
     def steps(self) -> tuple[int, ...]:

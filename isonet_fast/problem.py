@@ -81,13 +81,13 @@ class Problem:
     def by_precision(self) -> list[tuple[list[int], Problem]]:
         """What is computed together: indices into the layers, and their problem.
 
-        The default precision suits residuals that vanish at the optimum. Where "lorth" has more rows than the operator
-        has columns they don't: R tends to a projector of size 1 whose product with A cancels, and in bf16 the
+        The default precision suits residuals that vanish at the optimum. Where there are more rows than the operator
+        has columns ("lorth") they don't: R tends to a projector of size 1 whose product with A cancels, and in bf16 the
         gradient would be noise. Those layers (mostly a network's first) take float32.
         """
         if self._by_precision is None:
             everything = list(range(len(self.layers)))
-            tall = [] if self.precision else [n for n in everything if self.layers[n].constant > 0]
+            tall = [] if self.precision else [n for n in everything if self.layers[n].excess]
             rest = [n for n in everything if n not in tall]
             if tall:
                 split = [(rest, self._restricted(rest, None)), (tall, self._restricted(tall, "highest"))]

@@ -59,11 +59,17 @@ def test_an_unknown_penalty_raises_everywhere():
 def test_a_penalty_is_a_row_of_the_table_of_rules(monkeypatch):
     """Rows of outputs without the constant: "lorth" plus what "lorth" subtracts."""
     monkeypatch.setitem(geometry.PENALTIES, "outputs", Rule(rows_are_outputs=True))
-    for shape, stride in (((40, 4, 3, 3), 2), ((6, 4, 3, 3), 2), ((150, 4, 3, 3), 2)):
+    for shape, stride, constant in (
+        ((40, 4, 3, 3), 2, 12),
+        ((6, 4, 3, 3), 2, 0),
+        ((150, 4, 3, 3), 2, 67),
+        ((40, 4, 3, 3), 1, 18),
+        ((4, 6, 3, 3), 1, 0),
+    ):
         weight = torch.randn(shape)
-        layer = Layer(shape, (stride,) * 2, (1, 1), 1, "lorth")
         got = functional.orthogonality_loss(weight, stride=stride, penalty="outputs")
-        torch.testing.assert_close(
-            got, functional.orthogonality_loss(weight, stride=stride, penalty="lorth") + layer.constant
-        )
+        lorth = functional.orthogonality_loss(weight, stride=stride, penalty="lorth")
+        torch.testing.assert_close(got, lorth + constant)
+        problem = Problem((Layer(shape, (stride,) * 2, (1, 1), 1, "outputs"),), (1.0,))
+        assert problem.by_precision[0][1].precision == ("highest" if constant else None)  # its R does not vanish
     assert tuple(PENALTIES) == ("isonet", "lorth", "matrix", "outputs")
