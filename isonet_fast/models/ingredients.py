@@ -24,6 +24,8 @@ class Switches(TypedDict, total=False):
     bias_init, bias_learned: SReLU's b, -1 and learned as published.
     initialisation: "delta" (the 7x7 stem: PyTorch's), or "kaiming": normal with variance 2 / (kernel size x outputs).
     normalisation: "none", or "batch": BatchNorm behind every convolution, its weight 0 at first behind a branch's last.
+        The official code does so without a skip too; the network is a constant then and does not train, until these
+        weights are set to 1.
     fixup: Fixup in place of a normalisation (Zhang, Dauphin, Ma, ICLR 2019). It needs residual=True, activation="relu",
         normalisation="none" and initialisation="kaiming". It adds a scalar bias before every convolution, every
         activation and the classifier, and a multiplier that starts at 1 after every branch. There are no other biases.

@@ -118,6 +118,18 @@ def test_initial_values_of_relu_and_of_batch_normalisation():
     assert list(relu.state_dict())[:2] == ["stem.conv.weight", "stem.conv.bias"]
 
 
+def test_batch_normalisation_without_a_skip_starts_as_in_the_official_code():
+    """Its last weights are 0 there too: a constant, until they are set to 1."""
+    net = isonet_cifar(8, activation="relu", normalisation="batch", initialisation="kaiming")
+    ends = [module for name, module in net.named_modules() if name.endswith("f.b_bn")]
+    assert len(ends) == 3 and not any(module.weight.any() for module in ends)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(*net(x))
+    for module in ends:
+        nn.init.ones_(module.weight)
+    assert not torch.equal(*net(x))
+
+
 def test_srelu_with_another_bias_or_a_fixed_one():
     net = isonet_cifar(8, bias_init=0.5, bias_learned=False)
     layers = [m for m in net.modules() if isinstance(m, SReLU)]
