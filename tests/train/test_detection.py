@@ -254,6 +254,7 @@ def test_a_run_that_is_killed_goes_on_and_learns(tiny, tmp_path, capfd):
     assert main(["detect", "--resume", str(directory)]) == 0
     found = json.loads((directory / "evaluation.json").read_text())
     assert found["step"] == 100 and found["box_AP50"] > 50 and found["mask_AP50"] > 40, found
+    assert found["box_APl"] is None  # there are no large objects, and JSON has no NaN
 
 
 # -- table 6 -----------------------------------------------------------------------------------------------------------

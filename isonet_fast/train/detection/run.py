@@ -7,6 +7,7 @@ number of them. How far a run is, and all that its checkpoints hold, is as in `l
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,7 +184,8 @@ class DetectionRun(Run):
         if self.processes.main and self.keep:
             path = self.directory / "evaluation.json"
             with replacing(path) as temporary, disk_errors_naming(path):
-                temporary.write_text(json.dumps({"step": self.step, **self.evaluation}, indent=2) + "\n")
+                found = {name: None if math.isnan(value) else value for name, value in self.evaluation.items()}
+                temporary.write_text(json.dumps({"step": self.step, **found}, indent=2) + "\n")  # JSON has no NaN
         return self.evaluation
 
     def outcome(self) -> str:
