@@ -35,11 +35,11 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def channel_axis(name: str, x: Tensor, bias: Tensor, spatial_dims: int | str | None) -> int:
-    """The axis of x that holds the channels: 1, or 0 of an unbatched x.
+    """The axis of x that holds the channels: 1, or 0 if x is unbatched.
 
-    spatial_dims: None for (N, C, ...) of any rank; the number of dimensions behind C, of x with a batch or without; or
-    "inferred": then an x of one dimension is unbatched, an x (C, H, W) is so where its second axis is not C long, and
-    (C, C, L) is refused, since it may be either.
+    spatial_dims has three kinds of value. None: x is (N, C, ...) of any rank. A number: so many dimensions follow C,
+    and x may have a batch or not. "inferred": an x of one dimension is unbatched. An x of three dimensions is an
+    unbatched (C, H, W) if its second axis does not have length C. A (C, C, L) could be either, so it is refused.
     """
     rank, shape, channels = x.dim(), x.shape, bias.numel()
     axis = 1

@@ -41,15 +41,15 @@ class BackwardOrder:
             gone.handle.remove()
 
     def added(self, weights: Sequence[Tensor]) -> None:
-        """accumulate_grad_() has just been done, to no weight where it was not due."""
+        """To be called after accumulate_grad_(), with the weights that got a gradient: none if the call was not due."""
         self._hooks.added(weights)
 
     def check(self, weights: Sequence[Tensor]) -> None:
         """Raise RuntimeError where a share comes after the backward pass that should have averaged it.
 
-        A gradient of an earlier step does not count: an optimizer step changes the weight's version. A fused optimizer
-        does not, and a gradient scaler may leave the step out. Then cleared gradients tell, and only then is the device
-        asked for a value.
+        A gradient of an earlier step does not count. Usually the optimizer step changes the weight's version, and this
+        shows that the step is over. But a fused optimizer does not change it, and a gradient scaler may skip the step.
+        Then the check looks whether the gradients were cleared. Only in this case does it read a value from the device.
         """
         if not self._shares:
             return
@@ -68,10 +68,10 @@ class BackwardOrder:
 
 
 class _Synchronised:
-    """At which version of a weight a synchronising backward pass has run over it; None: at none.
+    """The version that a weight had when a synchronising backward pass ran over it; None if no such pass has run.
 
-    `unknown`: the weight was exchanged and has a gradient already, whose backward pass nothing watched. It counts as a
-    synchronising one.
+    `unknown`: the weight was exchanged and already has a gradient, and nothing watched the backward pass that made it.
+    That pass counts as a synchronising one.
     """
 
     def __init__(self, model: nn.Module, weight: Tensor, unknown: bool) -> None:

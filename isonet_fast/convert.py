@@ -91,13 +91,14 @@ def compiled(module: nn.Module) -> str | None:
 
 
 def _quantised(module: nn.Module) -> str | None:
-    """Such as a convolution fused with its ReLU, whose child's type is part of what it means."""
+    """The reason to keep a module made for quantisation, or None. An example is a convolution fused with its ReLU: the
+    type of its child is part of its meaning."""
     kind = type(module)
     return "for quantisation" if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__ else None
 
 
 def _replacement(module: nn.Module, name: str, left: dict[str, str], convolutions: bool) -> nn.Module | None:
-    """Ours for this layer; None to keep it, with the reason in `left` where somebody might wonder."""
+    """Our layer in place of this one, or None to keep it. If a user might wonder why, the reason goes into `left`."""
     if isinstance(module, tuple(_CONVOLUTIONS)) and not isinstance(module, tuple(_CONVOLUTIONS.values())):
         if not convolutions:
             return None
@@ -151,7 +152,7 @@ def _is_official_srelu(module: nn.Module) -> bool:
 def adopt(cls: type[nn.Module], module: nn.Module, **attributes: Any) -> nn.Module:
     """An instance of `cls` with everything of `module`: parameters, buffers, hooks, mode and plain attributes.
 
-    The very dictionaries, so that handles of hooks still remove them.
+    It takes the dictionaries themselves, not copies, so that the handle of a hook can still remove that hook.
     """
     new = cls.__new__(cls)
     for key, value in module.__dict__.items():

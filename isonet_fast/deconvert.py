@@ -32,8 +32,8 @@ def deconvert(model: nn.Module) -> nn.Module:
     every convolution, and torch.jit.script takes it.
 
     What a graph module does not keep: methods and attributes other than `forward` (`features`, `num_channels`), and the
-    fused kernels. An SReLU of one's own network reads x as (N, C, ...), unbatched only with `spatial_dims`. Under
-    torch.maximum a tie x == b shares its gradient between x and b, where SReLU gives it to b.
+    fused kernels. An SReLU in your own network takes an unbatched x only if it has `spatial_dims`; otherwise it reads x
+    as (N, C, ...). At a tie x == b, torch.maximum gives half of the gradient to x and half to b. SReLU gives it to b.
 
     Left as they are, and listed in one warning of the logger `isonet_fast.deconvert`: subclasses of our classes, whose
     own code needs this package, parametrized layers, and networks compiled by torch.compile or TorchScript. Raises
@@ -84,7 +84,7 @@ def _ours(cls: type) -> bool:
 
 
 def _obstacle(module: nn.Module) -> str | None:
-    """Why a module cannot be expressed without this package, None where it can or need not."""
+    """The reason why a module cannot be expressed without this package. None if it can be, or if it is not ours."""
     kind = type(module)
     if not isinstance(module, fx.GraphModule) and (why := compiled(module)):
         return why
@@ -116,7 +116,10 @@ class _ScaledJoin(_SReLU):
 
 
 def _trace(module: nn.Module, parent: nn.Module | None) -> fx.Graph:
-    """The forward in standard operators, each child one call. Our blocks hold 2-d layers and call a join with two."""
+    """The forward as a graph of standard operators, in which each child is one call.
+
+    The blocks of this package hold 2-d layers, and they call a join with two arguments (without a scale).
+    """
     within = parent is not None and _ours(type(parent))
     forwards: dict[type[nn.Module], type[nn.Module]] = {SReLU: _SReLU, ResidualSReLU: _Join if within else _ScaledJoin}
     plain = forwards.get(type(module))

@@ -46,7 +46,8 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     (Sedghi, Gupta, Long, ICLR 2019). A stride s folds the s^d frequencies that alias onto one output frequency side by
     side, divided by s^(d/2). Computed from eigenvalues of the smaller gram matrix: values under 1e-8 are rounding.
 
-    A transposed convolution has those of the convolution whose weight it shares, whose input is its output.
+    A transposed convolution has the singular values of the convolution with the same weight. `input_size` is then the
+    size of its output, which is the input of that convolution.
 
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
     ignores it. Raises TypeError for another module, for a weight that is parametrized, lazy, sparse, complex or without
@@ -152,9 +153,9 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
 
     input_size: (C, H, W) of one input. It determines the size of each layer's feature map, on which `singular_values`
     is computed. Larger maps are replaced by a grid of about 16 points per dimension, which samples the same spectrum.
-    The penalty is the layer's own ("isonet" for plain convolutions). A progress bar is shown. A row says "excluded" for
-    every other linear layer and transposed convolution whose class is not in `include`, for a layer whose weight cannot
-    be read, and for a layer that this input does not reach.
+    The penalty is the layer's own ("isonet" for plain convolutions). A progress bar is shown. Some rows say "excluded":
+    plain linear layers and transposed convolutions whose class is not in `include`, layers whose weight cannot be
+    read, and layers that this input does not reach.
 
     Raises TypeError for a model that is no module and for sizes that are no ints, ValueError for a model with lazy
     layers that have no shape yet and for an input that it does not take.

@@ -29,8 +29,8 @@ def isometry(layer: Layer, transposed: bool = False) -> str:
                                 often ends at a penalty above 0, so start from a delta
         needs lorth             the layer's own penalty has minima that are neither row- nor column-orthogonal
 
-    transposed: the layer is the adjoint operator of that convolution. Its rows are columns, and it writes what the
-    other reads.
+    transposed: the operator is the adjoint of the convolution that `layer` describes. So "rows" and "columns" change
+    places in the answer, and "reads n of m inputs" becomes "writes n of m outputs".
 
     Examples:
         >>> layer = isonet_fast.geometry.Layer((64, 32, 3, 3), (2, 2), (1, 1), groups=1, penalty="isonet")

@@ -1,6 +1,7 @@
-"""The gradients of a list of weights side by side in memory: one buffer while they are computed in one precision, and
-one per dtype afterwards. What an op returns must not share memory, so the ops return buffers, of which gradients are
-views.
+"""How the gradients of a list of weights lie side by side in memory.
+
+While they are computed, they lie in one buffer of one precision; afterwards there is one buffer per dtype. The results
+of an op must not share memory. So the ops return these buffers, and the gradients are views of them.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ class Flat(NamedTuple):
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
-    """Of an empty_like: the weight's own, if it has no gaps."""
+    """The strides that torch.empty_like(weight) has: the weight's own strides, if it has no gaps."""
     if weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)):
         return weight.stride()
     return torch.empty_like(weight, device="meta").stride()
 
 
 def lay_out(weights: Sequence[Tensor]) -> Flat:
-    """The layout of these weights' gradients; known ones are found again, as every backward pass asks."""
+    """The layout of these weights' gradients. Layouts are cached, because every backward pass asks for one."""
     described = tuple([(weight.shape, _strides(weight), weight.dtype) for weight in weights])
     if torch.compiler.is_compiling():
         return _arrange(described)

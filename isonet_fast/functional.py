@@ -140,9 +140,9 @@ def residual_srelu(
     compiling = torch.compiler.is_compiling()
     if not may_write("branch", branch, bias, shortcut, compiling):
         return ResidualSReLU.apply(branch, shortcut, bias, scale, False)
-    # torch.compile takes a Function's inputs in an order of its own, and autograd the first one as the tensor written
-    # over, which matters where that is a view. The compiler, which allocates the buffers itself, deletes the copy.
-    # PyTorch resolves no negative bit for an op that returns nothing.
+    # Two cases compute out of place and then copy. (1) torch.compile may reorder a Function's inputs. But autograd
+    # takes the first one as the tensor that is written over, which matters if that tensor is a view. The compiler
+    # allocates the buffers itself and removes the copy. (2) If an op returns nothing, PyTorch resolves no negative bit.
     if compiling or branch.is_neg() or shortcut.is_neg() or bias.is_neg():
         return branch.copy_(ResidualSReLU.apply(branch, shortcut, bias, None, False))
     check_apart("branch", branch, "shortcut", shortcut)

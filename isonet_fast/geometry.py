@@ -110,7 +110,7 @@ class Layer:
 
     @property
     def thin(self) -> bool:
-        """Few rows: few rounding errors average out in the gradient, and float64 costs next to nothing."""
+        """Whether there are few rows. Then rounding errors in the gradient hardly average out, and float64 is cheap."""
         return self.rows <= 8
 
     @property
@@ -178,7 +178,8 @@ class Layer:
     def form(self) -> str:
         """How the closed form computes this layer: "overlap" or "frequency", the one with fewer multiplications.
 
-        Small layers need a clear gain, thin ones are summed in float64 over few products. Ties go to "overlap".
+        A small layer takes "frequency" only if this saves the factor SMALL_FACTOR. A thin layer always takes "overlap",
+        whose few products are summed in float64. Ties go to "overlap".
         """
         factor = SMALL_FACTOR if self.small else 1
         saves = self.multiplications("overlap") > factor * self.multiplications("frequency")

@@ -1,4 +1,4 @@
-"""Which tensors an activation may be written over: what autograd or memory forbids is found before the data change."""
+"""Checks whether an activation may write over a tensor, which autograd or memory may forbid, before any data change."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _REFUSED_VIEWS = {
 
 
 def may_write(name: str, x: Tensor, bias: Tensor, shortcut: Tensor | None, compiling: bool) -> bool:
-    """Whether y can be written over x. Where that is the caller's mistake, a ValueError before the data change.
+    """Whether y can be written over x. If the caller asked for something impossible, it raises ValueError before any
+    data change.
 
-    False is the answer for a view that a custom Function returned. register_full_backward_hook makes such views of
-    a module's inputs and outputs, and whoever registers a hook cannot be expected to change the network.
+    It returns False for a view that a custom Function returned. register_full_backward_hook makes such views of a
+    module's inputs and outputs, and nobody who registers a hook should have to change the network for it.
     """
     needed = x.requires_grad or bias.requires_grad or (shortcut is not None and shortcut.requires_grad)
     recorded = needed and torch.is_grad_enabled()
@@ -54,9 +55,9 @@ def _may_rebase(name: str, x: Tensor) -> bool:
 
 
 def check_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Refuse an `other` in the memory of x that is not x element for element, as torch.Tensor.add_ does.
+    """Refuse an `other` that overlaps x in memory, unless both are the same elements in the same places.
 
-    Where one of them has gaps, every implementation reads a copy of it.
+    torch.Tensor.add_ has the same rule. If one of the two has gaps, every implementation reads a copy of it.
     """
     if not torch._C._is_alias_of(x, other) or not x.numel():  # type: ignore[attr-defined]
         return

@@ -80,8 +80,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def layer_of(weight: Tensor, module: nn.Module, penalty: Penalty) -> Layer:
-    """The geometry of a module of `KINDS`. A transposed convolution has that of the convolution whose weight it shares,
-    of which it is the adjoint operator."""
+    """The geometry of a module of `KINDS`. A transposed convolution is the adjoint operator of the convolution with the
+    same weight, so it gets the geometry of that convolution."""
     if isinstance(module, nn.Linear):
         return checked_layer(weight, 1, 1, 1, penalty)
     return checked_layer(weight, module.stride, module.dilation, module.groups, penalty)
@@ -95,20 +95,21 @@ def own_penalty(module: nn.Module) -> Penalty | None:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether the tables have a row for it: a convolution, a transposed one, a linear layer, or a quantised one."""
+    """Whether `summary()` and the report have a row for this module: a convolution, a transposed convolution, a linear
+    layer, or a quantised form of these."""
     return isinstance(module, KINDS) or _is_quantised(module)
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Their classes are slow to import: where nobody has imported them, there are none."""
+    """Whether it is a quantised layer. The classes are slow to import. If nobody did, no such layer exists."""
     quantised = sys.modules.get("torch.ao.nn.quantized.modules.utils")
     return quantised is not None and isinstance(module, quantised.WeightedQuantizedModule)
 
 
 def absent(module: nn.Module, include: Types = ()) -> str:
-    """Why a layer (`is_layer`) is none to ask a filter about; empty if it is one.
+    """The reason why a layer (`is_layer`) is left out before the filter is asked; empty if the filter is asked.
 
-    `include` has the classes that are left out otherwise.
+    `include` names classes that would be left out otherwise.
     """
     if not isinstance(module, KINDS):
         return QUANTISED

@@ -247,14 +247,15 @@ class OrthoRegularizer:
         are clipped. Saves the autograd engine's addition per weight. The order that is right everywhere: zero_grad(),
         accumulate_grad_(), loss.backward(), optimizer step.
 
-        After loss.backward() it may come too, with two exceptions. Under DistributedDataParallel with `work_group`
-        it must come before the backward that synchronises the gradients: its share has to be averaged with them. With
-        hooks of `register_post_accumulate_grad_hook` (an optimizer in the backward pass) it must come between
-        zero_grad() and loss.backward(): they see what `.grad` has then. A warning tells where they did not.
+        You may also call it after loss.backward(), with two exceptions. First, under DistributedDataParallel with
+        `work_group`, call it before the backward pass that synchronises the gradients, because that pass must average
+        the rank's share too. Second, if a weight has a hook of `register_post_accumulate_grad_hook` (an optimizer in
+        the backward pass), call it between zero_grad() and loss.backward(). The hook uses what `.grad` holds at that
+        moment. A warning appears if a hook did not see the penalty.
 
-        Raises RuntimeError under DistributedDataParallel where it comes after that backward. Raises TypeError or
-        ValueError for a `grad_scale` that is no finite real number, and for a `.grad` that is sparse, of no
-        floating-point dtype, or has elements that share memory; no gradient has changed then.
+        Raises RuntimeError under DistributedDataParallel if it comes after the synchronising backward pass. Raises
+        TypeError or ValueError for a `grad_scale` that is no finite real number, and for a `.grad` that is sparse, of
+        no floating-point dtype, or has elements that share memory; no gradient has changed then.
         """
         scale = checked_scale(grad_scale)
         if not self._due():
@@ -336,8 +337,8 @@ class OrthoRegularizer:
 
 
 def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
-    """Every weight's `.grad`, made where there is none. A frozen weight counts in the value alone: it gets a gradient
-    that nobody sees, and one from before it was frozen is not touched."""
+    """Every weight's `.grad`, made where there is none. A frozen weight counts only in the value. Its
+    gradient goes to a buffer that nobody sees, and a `.grad` from before it was frozen stays as it is."""
     grads = [weight.grad if weight.requires_grad else None for weight in weights]
     if any(grad is None for grad in grads):
         check_gradients(grad for grad in grads if grad is not None)  # before any is made

@@ -96,8 +96,8 @@ def weights_in(contents: Any, path: Where) -> dict[str, Tensor]:
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """Each name without what torch.compile, DDP, FSDP, AveragedModel and Lightning put into it.
 
-    `_orig_mod` and the like go wherever they are a part of a name; `module.`, `model.` and `net.` go at its beginning,
-    where every name has it.
+    `_orig_mod` and the like are removed wherever they are a part of a name. `module.`, `model.` and `net.` are removed
+    only at the beginning, and only if every name begins with it.
     """
     plain = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
     while prefix := next((p for p in _PREFIXES if plain and all(n.startswith(p) for n in plain.values())), None):

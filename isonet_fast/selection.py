@@ -68,9 +68,9 @@ class Selection:
         self.look()
 
     def changed(self) -> bool:
-        """Whether a module was replaced, added or removed since, or one that had no weight to use has one by now.
+        """Whether a module was replaced, added or removed since `look()`, or one that had no usable weight has one now.
 
-        Every call asks: what the modules hold is compared, and no module visited.
+        Every call of the regularizer asks this. So it only compares what the modules hold, and visits no module.
         """
         return self._children != self._known or any(
             type(module) is not kind or weight_of(module) is not weight for module, kind, weight in self._waiting

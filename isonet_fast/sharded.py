@@ -119,9 +119,9 @@ class Shards:
 class _Gather(torch.autograd.Function):
     """Shards to whole weights. Its backward adds the gradients to `.grad` itself, when all else is done.
 
-    During the pass FSDP writes to the same `.grad`s, on a CUDA stream that the autograd engine does not know of; at its
-    end, in a callback of the engine, it makes the current stream wait for that one. A callback queued by a callback
-    comes later still, whichever part of the loss was computed first.
+    During the backward pass FSDP writes to the same `.grad`s, on a CUDA stream that the autograd engine does not know.
+    At the end of the pass, a callback of FSDP makes the current stream wait for that stream. Our gradients must come
+    after that. So our callback queues a second callback: it runs after FSDP's, in whatever order the loss was computed.
     """
 
     @staticmethod

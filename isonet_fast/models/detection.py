@@ -89,7 +89,7 @@ def maskrcnn(
         `load_official` reads; for a ResNet torchvision's state_dict. The classifier's last layer is left out.
     trainable_backbone_layers: how many parts of the body train, counted from the last stage; the stem is one too. None:
         3 with `weights_backbone`, as in torchvision, else all.
-    norm: of a body with BatchNorm: "frozen" statistics and weights, or "live".
+    norm: only matters for a body with BatchNorm. "frozen" fixes its statistics and weights, "live" keeps BatchNorm.
     channels: of the pyramid and of the heads.
     options: of torchvision's MaskRCNN (min_size, max_size, rpn_..., box_...).
 

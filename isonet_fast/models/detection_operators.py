@@ -10,9 +10,9 @@ from torch import Tensor
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Indices of the boxes that no kept box of a higher score overlaps by more than the threshold, best first.
 
-    boxes: (N, 4) as x1, y1, x2, y2; scores: (N,). Of equal scores the first comes first. The rule "kept if no better
-    one is kept that overlaps it" has one solution, and repeating it from any start ends there: after k rounds the k
-    best ones are settled, after a few rounds mostly all.
+    boxes: (N, 4) as x1, y1, x2, y2; scores: (N,). Of equal scores the first comes first. A box is kept if no kept box
+    with a better score overlaps it. This rule has one solution, and repeating it from any start leads there. After k
+    rounds the k best boxes are decided. In practice a few rounds usually decide all boxes.
     """
     order = scores.argsort(descending=True, stable=True)
     # overlaps[i, j]: the better box i would suppress box j

@@ -36,8 +36,9 @@ class _ChannelBias(nn.Module):
         self.srelu_bias: nn.Parameter = _filled((1, self.num_channels, 1, 1), init, device, dtype)
 
     def _writes_over(self, x: Tensor) -> bool:
-        """In place where asked for. Compiled code cannot tell over which views autograd lets nobody write (those that
-        full backward hooks make), so it writes over none; it allocates for itself anyway."""
+        """Whether to compute in place: if the user asked for it, but never on a view in compiled code. Autograd forbids
+        writing over some views (those that full backward hooks make), and compiled code cannot tell which ones. It
+        loses nothing, because the compiler allocates the memory itself."""
         return self.inplace and not (torch.compiler.is_compiling() and x._base is not None)
 
     def extra_repr(self) -> str:

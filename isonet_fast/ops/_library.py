@@ -80,7 +80,7 @@ def _warn(device: torch.device) -> None:
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the compiled kernels do not serve this device, or None. Asked about a GPU, it launches one there."""
+    """The reason why the compiled kernels do not serve this device, or None. On a GPU, it launches one to find out."""
     if not compiled_for(device.type):
         return why_not_compiled or "the compiled library has no kernels for this device"
     if device.type != "cuda":

@@ -7,9 +7,9 @@ for |t| >= m, so that n = 2 m - 1 frequencies per dimension hold it without wrap
     B(w) = sum over q of B_q e^{-iwq} = C - iS              R = B(w) B(w)^H - I
     loss = 1/(2n) * sum over w of || R ||_F^2               dL/dB_q = 2/n * sum over w of Re(e^{iwq} R B(w))
 
-Frequencies other than 0 come in conjugate pairs, of which one is computed. For a pair two real products give R and
-three give R B (Gauss); by definition each would take four. U = Re R + Im R says everything about R, since Re R is
-symmetric and Im R is not: Re R - Im R = U^T, and || R ||^2 = || U ||^2.
+Frequencies other than 0 come in conjugate pairs, and only one of each pair is computed. Two real products give its R,
+and three give its R B (Gauss's trick). The definition of the complex product would take four for each. U = Re R + Im R
+determines R, because Re R is symmetric and Im R is antisymmetric: Re R - Im R = U^T, and || R ||^2 = || U ||^2.
 
     X = C + S:         U = X X^T - 2 S C^T - I
     D = Re R X:        Re(R B) = D - U^T S,   Im(R B) = U C - D          Re R = (U + U^T) / 2

@@ -1,8 +1,8 @@
 """The orthogonality penalty of a list of weights as one op: schema, fake, autograd, dispatch.
 
-`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels serve the whole list; elsewhere, and for
-float64, the closed form does, but for small layers on the CPU (`small_layers`). Whatever the forward keeps for the
-backward belongs to that call: two forwards before a backward are right.
+`reference.orthogonality_loss` is the definition. On CUDA the Triton kernels compute the whole list. On other devices,
+and for float64, the closed form computes it, except the small layers on the CPU (`small_layers`). What the forward
+keeps for the backward belongs to that one call, so two forwards before a backward give the right gradients.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..problem import Problem, read
 from . import closed_form, small_layers
 from ._library import implement, ops
 
-# problem is `Problem.text`: a list per property would take longer to pass than the kernels to launch. The backward
-# returns a buffer per dtype (flat.py): what an op returns must not share memory. A later version whose
-# op returns other shapes must rename it: Inductor's cache on a user's disk knows an op by its name and schema alone.
-# Under torch.compile(mode="reduce-overhead") both stay between the graphs: their tables outlive a graph's memory.
+# `problem` is `Problem.text`: to pass one list per property would take longer than to launch the kernels. The backward
+# returns one buffer per dtype (flat.py), because the results of an op must not share memory. If a later version of an
+# op returns other shapes, rename the op: Inductor's cache on a user's disk knows it only by its name and schema. Under
+# torch.compile(mode="reduce-overhead") both ops run between the CUDA graphs: their tables outlive a graph's memory.
 _LOSS = "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])"
 _BACKWARD = "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
 _TAGS = (torch.Tag.cudagraph_unsafe,)

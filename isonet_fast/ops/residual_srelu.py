@@ -99,8 +99,8 @@ def scaled_gradients(
 class ResidualSReLU(torch.autograd.Function):
     """residual_srelu, or residual_srelu_ over the branch if `inplace`, under autograd.
 
-    In place only without a scale, since ds needs the branch. The branch is the first argument: where it is a view,
-    autograd takes the gradient of input 0 as that of the tensor written over.
+    It works in place only without a scale, because ds needs the branch. The branch is the first argument: if it is a
+    view, autograd takes the gradient of input 0 as the gradient of the tensor that is written over.
     """
 
     @staticmethod

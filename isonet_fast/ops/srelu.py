@@ -4,8 +4,8 @@ Only the output and the bias are saved, so the op can run in place; the mask is 
 values in any shape, and its gradient has that shape: the layer's (1, C, 1, 1) needs no view and no autograd node.
 
 Autograd is a pair of `torch.autograd.Function`s around ops that know nothing of it: `register_autograd` refuses an op
-that mutates, and its Python wrapper around every call costs more than a small kernel. The overload `.default` is named
-because to look it up at every call costs as much as all checks of the arguments.
+that mutates, and its Python wrapper around every call costs more than a small kernel. The code calls the overload
+`.default` by name: without it, PyTorch looks it up at every call, which costs as much as all checks of the arguments.
 """
 
 from __future__ import annotations
