@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .geometry import Layer, Penalty
 from .nn import OrthoLinear
-from .nn.conv import _Orthogonal
+from .nn.conv import Orthogonal
 from .penalty_arguments import FLOATS, checked_layer
 from .sharded import is_sharded
 
@@ -89,7 +89,7 @@ def layer_of(weight: Tensor, module: nn.Module, penalty: Penalty) -> Layer:
 
 def own_penalty(module: nn.Module) -> Penalty | None:
     """What the layer itself asks for: "isonet" for those of PyTorch, None where somebody has set `penalty = None`."""
-    if isinstance(module, _Orthogonal):
+    if isinstance(module, Orthogonal):
         return module.penalty
     return None if getattr(module, "penalty", "isonet") is None else "isonet"
 

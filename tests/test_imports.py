@@ -1,4 +1,5 @@
-"""Imports go one way: no module of the package comes back to itself through what it imports, at the top or inside."""
+"""Imports go one way, and to public names: no module of the package comes back to itself through what it imports, at
+the top or inside, and none imports a name with an underscore from another."""
 
 from __future__ import annotations
 
@@ -16,9 +17,15 @@ MODULES = {
 }
 
 
+def imported_from(name: str, node: ast.ImportFrom) -> str:
+    """The module that this statement of `name` imports from."""
+    package = name.split(".") if MODULES[name].name == "__init__.py" else name.split(".")[:-1]
+    above = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*above, *(node.module or "").split(".")]).rstrip(".")
+
+
 def imports(name: str) -> Iterator[str]:
     """The modules of the package that `name` imports when it runs, not only when its types are checked."""
-    package = name.split(".") if MODULES[name].name == "__init__.py" else name.split(".")[:-1]
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     typing = {
         id(inner)
@@ -29,8 +36,7 @@ def imports(name: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if id(node) in typing or not isinstance(node, ast.ImportFrom):
             continue
-        above = package[: len(package) - node.level + 1] if node.level else []
-        module = ".".join([*above, *(node.module or "").split(".")]).rstrip(".")
+        module = imported_from(name, node)
         for alias in node.names:
             target = f"{module}.{alias.name}"
             yield target if target in MODULES else module
@@ -46,3 +52,15 @@ def test_no_module_imports_itself_through_others() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+def test_no_module_imports_a_private_name_of_another() -> None:
+    private = [
+        f"{name} imports {module}.{alias.name}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (module := imported_from(name, node)).startswith("isonet_fast")
+        for alias in node.names
+        if alias.name.startswith("_") and f"{module}.{alias.name}" not in MODULES and not alias.name.endswith("__")
+    ]
+    assert not private

@@ -23,10 +23,10 @@ try:
     from triton.compiler import ASTSource
 
     from isonet_fast.kernels import tiles
-    from isonet_fast.kernels.finish import _finish_kernel
-    from isonet_fast.kernels.grad import _grad_kernel
-    from isonet_fast.kernels.gram import _gram_kernel
-    from isonet_fast.kernels.pack import _pack_kernel
+    from isonet_fast.kernels.finish import finish_kernel
+    from isonet_fast.kernels.grad import grad_kernel
+    from isonet_fast.kernels.gram import gram_kernel
+    from isonet_fast.kernels.pack import pack_kernel
 except ImportError:  # not for this platform
     triton = None
 
@@ -56,7 +56,7 @@ def cases(arch: int) -> Iterator[Case]:
         yield from _variant_cases(variant, "" if key != "highest" else " float32")
     signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "constants": "*fp64"}
     signature |= {"coefficients": "*fp64", "layers": "i32", "longest": "i32"}
-    yield Case("finish", _finish_kernel, signature, tiles.FINISH_OPTIONS)
+    yield Case("finish", finish_kernel, signature, tiles.FINISH_OPTIONS)
 
 
 def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
@@ -67,14 +67,14 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
         return f"tensordesc<{element}[{rows}, {columns}]>" if variant.tma else f"*{element}"
 
     signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
-    yield Case(f"pack{suffix}", _pack_kernel, signature, tiles.pack_options(variant))
+    yield Case(f"pack{suffix}", pack_kernel, signature, tiles.pack_options(variant))
     for gram in variant.gram:
         box = plane(gram.block, gram.chunk)
         signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
         for save in (True, False):
             name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
             options = tiles.gram_options(variant, gram, save)
-            yield Case(name, _gram_kernel, signature, options, 6 if fast else 2, fast)
+            yield Case(name, gram_kernel, signature, options, 6 if fast else 2, fast)
     for grad in variant.grad:
         signature = {
             "residual": plane(grad.rows, grad.depth),
@@ -90,7 +90,7 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
             flat = {} if accumulate else {"out": "*fp32", "grad_output": "*fp32"}
             name = f"grad {grad.rows}x{grad.columns}" + (" accumulate" if accumulate else "") + suffix
             options = tiles.grad_options(variant, grad, accumulate)
-            yield Case(name, _grad_kernel, signature | flat, options, 4, fast)
+            yield Case(name, grad_kernel, signature | flat, options, 4, fast)
 
 
 def compile_case(case: Case, arch: int) -> Any:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["layers", "longest"])
-def _finish_kernel(
+def finish_kernel(
     loss,  # float32: sum of coefficient * penalty
     losses,  # float32 (layers,)
     partials,  # float32

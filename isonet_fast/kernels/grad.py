@@ -74,7 +74,7 @@ RUN_A_TAP = field(RUN, "a_tap")
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it can be any element of a tensor
-def _grad_kernel(
+def grad_kernel(
     residual,  # (rows, RESIDUAL_PANEL): boxes of (ROWS, DEPTH), or a pointer
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
     hi,  # (rows, PANEL): boxes of (DEPTH, COLUMNS)

@@ -66,7 +66,7 @@ def _rows(plane, row, column, inside, TMA: tl.constexpr):
 
 
 @triton.jit
-def _gram_kernel(
+def gram_kernel(
     hi,  # bf16 (rows, PANEL), a descriptor or a pointer; float32 if there is one plane
     lo,  # A - hi, the same
     residual,  # (rows, RESIDUAL_PANEL)

@@ -21,10 +21,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..flat import Flat, lay_out
 from ..problem import Problem
 from . import packed, tiles
-from .finish import _finish_kernel
-from .grad import _grad_kernel
-from .gram import _gram_kernel
-from .pack import _pack_kernel
+from .finish import finish_kernel
+from .grad import grad_kernel
+from .gram import gram_kernel
+from .pack import pack_kernel
 from .packed import RESIDUAL_PANEL
 from .plan import Plan
 from .tables import Tables
@@ -69,12 +69,12 @@ def forward(
         arguments: tuple
         if len(plan.pack_tiles):
             arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
-            launch("pack", _pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
+            launch("pack", pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
         for tile, table in tables.gram.items():
             box = [tile.block, tile.chunk]
             arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
             options = tiles.gram_options(plan.variant, tile, save)
-            launch(("gram", tile, save), _gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
+            launch(("gram", tile, save), gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
         if aside is not None:
             aside.wait_stream(stream)
             stream = aside
@@ -83,7 +83,7 @@ def forward(
                 loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
                 tables.coefficients.on(stream), len(weights), plan.longest_range,
             )  # fmt: skip
-            launch("finish", _finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
+            launch("finish", finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
     return loss, losses, [hi, residual] if save else []
 
 
@@ -167,7 +167,7 @@ def _grad(
             scale,
         )  # fmt: skip
         options = tiles.grad_options(plan.variant, tile, accumulate)
-        tables.launches(("grad", tile, accumulate), _grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
+        tables.launches(("grad", tile, accumulate), grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
 
 
 def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:

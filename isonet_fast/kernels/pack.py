@@ -50,7 +50,7 @@ TILE_TAP_ROWS = field(PACK, "tap_rows")
 
 
 @triton.jit
-def _pack_kernel(
+def pack_kernel(
     hi,  # (rows, PANEL): bf16, or float32 if there is one plane
     lo,
     tiles,  # int32 (tiles, PACK_WIDTH)

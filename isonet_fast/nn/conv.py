@@ -21,7 +21,7 @@ Size3 = int | tuple[int, int, int]
 Device = torch.device | str | int | None
 
 
-class _Orthogonal:
+class Orthogonal:
     """What the layers share: delta initialisation and the penalty of this layer."""
 
     weight: Tensor
@@ -62,7 +62,7 @@ class _Orthogonal:
         return f"{super().extra_repr()}, penalty={self.penalty!r}"  # type: ignore[misc]
 
 
-class OrthoConv1d(_Orthogonal, nn.Conv1d):
+class OrthoConv1d(Orthogonal, nn.Conv1d):
     """nn.Conv1d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
 
     Examples:
@@ -103,7 +103,7 @@ class OrthoConv1d(_Orthogonal, nn.Conv1d):
         )
 
 
-class OrthoConv2d(_Orthogonal, nn.Conv2d):
+class OrthoConv2d(Orthogonal, nn.Conv2d):
     """nn.Conv2d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
 
     Examples:
@@ -146,7 +146,7 @@ class OrthoConv2d(_Orthogonal, nn.Conv2d):
         )
 
 
-class OrthoConv3d(_Orthogonal, nn.Conv3d):
+class OrthoConv3d(Orthogonal, nn.Conv3d):
     """nn.Conv3d with delta initialisation and an orthogonality penalty: "isonet", "lorth", "matrix" or None.
 
     Examples:
@@ -187,7 +187,7 @@ class OrthoConv3d(_Orthogonal, nn.Conv3d):
         )
 
 
-class OrthoLinear(_Orthogonal, nn.Linear):
+class OrthoLinear(Orthogonal, nn.Linear):
     """nn.Linear that starts as the identity, with the penalty 1/2 ||W W^T - I||^2 on its smaller side.
 
     Examples:

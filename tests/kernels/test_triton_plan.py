@@ -77,7 +77,7 @@ def test_launches_of_a_call(depth, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((self.name, grid[0]))
 
-    for name in ("_pack_kernel", "_gram_kernel", "_finish_kernel", "_grad_kernel"):
+    for name in ("pack_kernel", "gram_kernel", "finish_kernel", "grad_kernel"):
         monkeypatch.setattr(orthogonality, name, Counted(name))
     layers = network(depth, True)
     weights = [torch.empty(layer.shape) for layer in layers]
