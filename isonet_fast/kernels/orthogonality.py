@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..flat import Flat, lay_out
+from ..gradient_layout import Flat, lay_out
 from ..problem import Problem
 from . import packed, tiles
 from .finish import finish_kernel
@@ -101,7 +101,7 @@ def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Ten
 def backward_buffers(
     grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], problem: Problem
 ) -> list[Tensor]:
-    """The gradients, a buffer per dtype of the weights (see flat.py)."""
+    """The gradients, a buffer per dtype of the weights (see gradient_layout.py)."""
     tables = tables_of(problem, weights[0].device)
     with _on(tables.device) as stream:
         layout, flat = _grad_to_flat(tables, weights, saved, grad_output, stream)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..flat import Flat, lay_out
 from ..geometry import Layer
+from ..gradient_layout import Flat, lay_out
 from ..penalty_arguments import check_gradients
 from .launch import Launches
 from .layout import VIEW

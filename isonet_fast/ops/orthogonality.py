@@ -15,16 +15,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..dtypes import wide
-from ..flat import lay_out
+from ..gradient_layout import lay_out
 from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
 from . import closed_form, small_layers
 from ._library import implement, ops
 
 # `problem` is `Problem.text`: to pass one list per property would take longer than to launch the kernels. The backward
-# returns one buffer per dtype (flat.py), because the results of an op must not share memory. If a later version of an
-# op returns other shapes, rename the op: Inductor's cache on a user's disk knows it only by its name and schema. Under
-# torch.compile(mode="reduce-overhead") both ops run between the CUDA graphs: their tables outlive a graph's memory.
+# returns one buffer per dtype (gradient_layout.py), because the results of an op must not share memory. If a later
+# version of an op returns other shapes, rename the op: Inductor's cache on a user's disk knows it only by its name and
+# schema. Under torch.compile(mode="reduce-overhead") both ops run between the CUDA graphs: their tables outlive a
+# graph's memory.
 _LOSS = "orthogonality_loss(Tensor[] weights, str problem, bool save) -> (Tensor, Tensor, Tensor[])"
 _BACKWARD = "orthogonality_loss_backward(Tensor grad_output, Tensor[] saved, Tensor[] weights, str problem) -> Tensor[]"
 _TAGS = (torch.Tag.cudagraph_unsafe,)
