@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isonet_fast import functional, geometry, reference
-from isonet_fast.geometry import PENALTIES, Layer, Rule
+from isonet_fast.geometry import Layer, Rule
 from isonet_fast.problem import Problem, read
 
 LAYERS = (
@@ -72,4 +72,3 @@ def test_a_penalty_is_a_row_of_the_table_of_rules(monkeypatch):
         torch.testing.assert_close(got, lorth + constant)
         problem = Problem((Layer(shape, (stride,) * 2, (1, 1), 1, "outputs"),), (1.0,))
         assert problem.by_precision[0][1].precision == ("highest" if constant else None)  # its R does not vanish
-    assert tuple(PENALTIES) == ("isonet", "lorth", "matrix", "outputs")

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 import isonet_fast
 from isonet_fast import functional, init, reference
+from isonet_fast.geometry import Penalty
 
 from . import tensors
 from .case import Case, Failure
 from .check import accurate, same_bits
 from .tensors import Arrangement
 
-PENALTIES = ("isonet", "lorth", "matrix")
+PENALTIES = get_args(Penalty)
 PRECISE = 1e-4  # of the larger of gradient and weight scale, in float32
 
 
