@@ -37,7 +37,7 @@ Built = TypeVar("Built")
 
 def lacking(device: torch.device) -> dict[str, str]:
     """Which of our kernels can't serve this GPU, and why."""
-    reasons = {"SReLU": _library.why_not(device), "the penalty": kernels.unavailable(device)}
+    reasons = {"SReLU": _library.why_not(device), "the penalty": kernels.why_not(device)}
     return {what: why for what, why in reasons.items() if why}
 
 

@@ -62,7 +62,7 @@ def _visit(
     if module in done:
         return done[module]
     done[module] = module  # a module that contains itself ends here
-    why = _obstacle(module)
+    why = _why_not(module)
     if why:
         left[name] = why
         return module
@@ -83,7 +83,7 @@ def _ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _why_not(module: nn.Module) -> str | None:
     """The reason why a module cannot be expressed without this package. None if it can be, or if it is not ours."""
     kind = type(module)
     if not isinstance(module, fx.GraphModule) and (why := compiled(module)):

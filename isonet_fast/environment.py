@@ -65,7 +65,7 @@ def _matrix(device: torch.device) -> str:
         small = "C++ kernel (csrc) for small float32 layers, otherwise " if _library.compiled_for(device.type) else ""
         return f"{small}closed form"
     try:
-        why = kernels.unavailable(device)
+        why = kernels.why_not(device)
     except torch.cuda.OutOfMemoryError:
         return "not known: no memory is left to try the Triton kernels"
     return f"closed form: {why}" if why else "Triton kernels"

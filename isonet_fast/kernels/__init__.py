@@ -1,4 +1,4 @@
-"""Triton kernels for the orthogonality penalty. Importable without Triton; `unavailable` says why it can't serve."""
+"""Triton kernels for the orthogonality penalty. Importable without Triton; `why_not` says why it can't serve."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRADIENT_TOLERANCE = 2e-2  # bfloat16 products are off by 5e-3
 _reasons: dict[torch.device, str | None] = {}
 
 
-def unavailable(device: torch.device) -> str | None:
+def why_not(device: torch.device) -> str | None:
     """Why the Triton kernels can't serve this device, or None. The first question launches the kernels once.
 
     Raises torch.cuda.OutOfMemoryError if the launch runs out of memory. That is not kept: a later call may succeed.

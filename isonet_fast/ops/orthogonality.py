@@ -41,7 +41,7 @@ def serves(weights: Sequence[Tensor]) -> bool:
         len(weights) > 0
         and weights[0].is_cuda
         and torch.float64 not in [w.dtype for w in weights]
-        and kernels.unavailable(weights[0].device) is None
+        and kernels.why_not(weights[0].device) is None
     )
 
 

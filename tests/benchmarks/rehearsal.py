@@ -143,7 +143,7 @@ def shrink(torch, folder):
     harness.ROUNDS, harness.SECONDS = 3, {"cpu": 0.0}
     harness.CudaClock = clocks.CudaClock
     bench_step.SECONDS = {"cpu": 0.0}
-    kernels.unavailable = lambda device: None
+    kernels.why_not = lambda device: None
 
     compiled, build, bound = providers.compiled, providers.build, providers.matmul_bound
     providers.compiled = lambda function, dry, mode=None: without_cuda(torch, compiled(function, True))

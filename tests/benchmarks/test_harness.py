@@ -190,7 +190,7 @@ def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session,
     """One probe fails: the other op's kernels are timed, and everybody else's."""
     reasons = {"SReLU": None, "the penalty": None} | {failing: "no kernel image is available"}
     monkeypatch.setattr(harness._library, "why_not", lambda device: reasons["SReLU"])
-    monkeypatch.setattr(harness.kernels, "unavailable", lambda device: reasons["the penalty"])
+    monkeypatch.setattr(harness.kernels, "why_not", lambda device: reasons["the penalty"])
     session._lacking = harness.lacking(session.device)
     for op in ("srelu", "orthogonality", "step"):
         contenders = [Contender(provider, lambda: None) for provider in ("official", "isonet_fast")]

@@ -16,8 +16,8 @@ PROBLEM = Problem(LAYERS, (1.0, 0.5))
 def weights(device):
     if device.type != "cuda":
         pytest.skip("no GPU")
-    if kernels.unavailable(torch.device("cuda")):
-        pytest.skip(kernels.unavailable(torch.device("cuda")))
+    if kernels.why_not(torch.device("cuda")):
+        pytest.skip(kernels.why_not(torch.device("cuda")))
     torch.manual_seed(0)
     return [torch.randn(layer.shape, device="cuda") / 30 for layer in LAYERS]
 
@@ -62,8 +62,8 @@ def test_a_second_device(weights):
     if torch.cuda.device_count() < 2:
         pytest.skip("no second GPU")
     there = torch.device("cuda", 1)
-    if kernels.unavailable(there):
-        pytest.skip(kernels.unavailable(there))
+    if kernels.why_not(there):
+        pytest.skip(kernels.why_not(there))
     first, moved = gradient(weights), [w.to(there) for w in weights]
     for _ in range(2):  # the second call is the planned one
         second = gradient(moved)
@@ -107,16 +107,16 @@ def test_capture_without_a_first_call_says_what_to_do(weights):
 
 
 def test_reasons_are_given_without_a_gpu(monkeypatch):
-    assert "need a CUDA device" in kernels.unavailable(torch.device("cpu"))
+    assert "need a CUDA device" in kernels.why_not(torch.device("cpu"))
     monkeypatch.setattr(kernels, "_reasons", {})
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "compute capability 8.0" in kernels.unavailable(device)
+    assert "compute capability 8.0" in kernels.why_not(device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
     assert "no tiles for compute capability 11.0" in kernels._probe(device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert "7.5" in kernels.unavailable(device)  # cached
+    assert "7.5" in kernels.why_not(device)  # cached
     monkeypatch.setattr(kernels, "_reasons", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
@@ -124,9 +124,7 @@ def test_reasons_are_given_without_a_gpu(monkeypatch):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
 
     monkeypatch.setattr(kernels, "_launch", broken)
-    assert kernels.unavailable(device).endswith(
-        "Failed to find C compiler. Please specify via CC environment variable."
-    )
+    assert kernels.why_not(device).endswith("Failed to find C compiler. Please specify via CC environment variable.")
     monkeypatch.setattr(kernels, "_reasons", {})
 
     def full(_):
@@ -134,13 +132,13 @@ def test_reasons_are_given_without_a_gpu(monkeypatch):
 
     monkeypatch.setattr(kernels, "_launch", full)
     with pytest.raises(torch.cuda.OutOfMemoryError):  # a loss by the closed form, its gradient by the kernels: no
-        kernels.unavailable(device)
+        kernels.why_not(device)
     assert environment._matrix(device).startswith("not known")
     monkeypatch.setattr(kernels, "_launch", lambda _: None)
-    assert kernels.unavailable(device) is None
+    assert kernels.why_not(device) is None
     monkeypatch.setattr(kernels, "_reasons", {})
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "ROCm" in kernels.unavailable(device)
+    assert "ROCm" in kernels.why_not(device)
 
 
 def test_probe_checks_the_numbers(device, monkeypatch):
