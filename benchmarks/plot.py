@@ -75,8 +75,8 @@ def draw(rows: list[Row], kind: str, folder: Path) -> list[Path]:
     modes = {c["mode"] for c in penalties}
     mode = "loss+gradient graph" if "loss+gradient graph" in modes else "loss+gradient"
     bars(axes[1], rows, [c for c in penalties if c["mode"] == mode], f"penalty, {mode}")
-    streaming = list(cases(rows, op="srelu", mode="forward+backward"))
-    bars(axes[2], rows, streaming[:8], "SReLU, forward+backward")
+    elementwise = list(cases(rows, op="srelu", mode="forward+backward"))
+    bars(axes[2], rows, elementwise[:8], "SReLU, forward+backward")
     scaling, axes = plt.subplots(1, 5, figsize=(22, 4), layout="constrained")
     for axis, name in zip(axes, ("depth", "width", "batch", "channels", "layers"), strict=True):
         lines(axis, rows, name)

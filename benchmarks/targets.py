@@ -90,18 +90,18 @@ def _host(rows: list[Row]) -> Outcome | None:
 
 
 def nbytes(row: Row) -> int:
-    """Of one tensor of a streaming case."""
+    """Of one tensor of an elementwise case."""
     return math.prod(map(int, row["case"].split("x"))) * ITEM_BYTES[row["dtype"]]
 
 
-def _streaming(rows: list[Row], large: bool = True) -> list[Row]:
+def _elementwise(rows: list[Row], large: bool = True) -> list[Row]:
     rows = [row for row in rows if "srelu" in row["op"]]
     return [row for row in rows if nbytes(row) >= LARGE] if large else rows
 
 
 def _bandwidth(rows: list[Row]) -> Outcome | None:
     found = {}
-    for n, problem in enumerate(cases(_streaming(rows))):
+    for n, problem in enumerate(cases(_elementwise(rows))):
         side = group(rows, ("isonet_fast",), **problem)
         if side and problem["mode"] in ("forward", "backward") and side["isonet_fast"]["fraction_of_limit"]:
             found[str(n)] = float(side["isonet_fast"]["fraction_of_limit"])
@@ -109,7 +109,7 @@ def _bandwidth(rows: list[Row]) -> Outcome | None:
 
 
 def _against_compile(rows: list[Row]) -> Outcome | None:
-    where = cases(_streaming(rows), mode="forward+backward")
+    where = cases(_elementwise(rows), mode="forward+backward")
     found = {str(n): r for n, c in enumerate(where) for r in ratios(rows, "compile", "isonet_fast", [c]).values()}
     return _spread(found, 1.2)
 
@@ -151,7 +151,7 @@ def _memory(rows: list[Row]) -> Outcome | None:
 
 def _cpu_srelu(rows: list[Row]) -> Outcome | None:
     reached, speedups, shares = True, {}, {}
-    for n, problem in enumerate(cases(_streaming(rows, large=False), mode="forward+backward", op="srelu")):
+    for n, problem in enumerate(cases(_elementwise(rows, large=False), mode="forward+backward", op="srelu")):
         if side := group(rows, ("official", "isonet_fast", "copy"), **problem):
             speedups[str(n)] = ms(side["official"]) / ms(side["isonet_fast"])
             shares[str(n)] = ms(side["copy"]) / ms(side["isonet_fast"])

@@ -1,4 +1,5 @@
-// One call of a streaming kernel: raw pointers, sizes, a dtype; no torch. What it computes is its formula (srelu.cuh).
+// One call of an elementwise kernel: raw pointers, sizes, a dtype; no torch. Its formula (srelu.cuh) says what it
+// computes.
 //
 // All tensors of a call share dtype, extent and memory order. The bias is rounded to that dtype before it is compared,
 // the scale is not. Gradients of the two are accumulated in float32 (float64 for float64; a short sum on the CPU too) in a
@@ -25,7 +26,7 @@ struct Call {
   void* grad_scale = nullptr;  // one element, of the scale's dtype
 };
 
-// Defined in walk_cpu.h and launch.cuh, instantiated for each formula in the sources of its op.
+// Defined in elementwise_cpu.h and launch.cuh, instantiated for each formula in the sources of its op.
 namespace cpu {
 template <class Formula>
 void launch(const Call& call);

@@ -1,6 +1,6 @@
 // Half-precision elements on the CPU: two-byte storage, widened to float and rounded back to nearest-even.
 //
-// Integer and float arithmetic only, no branches and no intrinsics: so the loops in walk_cpu.h vectorise on any
+// Integer and float arithmetic only, no branches and no intrinsics: so the loops in elementwise_cpu.h vectorise on any
 // machine. float16 follows the method of the FP16 library (M. Dukhan): the multiplier chain rounds in hardware.
 #pragma once
 

@@ -8,7 +8,7 @@
 #include <atomic>
 
 #include "call.h"
-#include "walk.cuh"
+#include "elementwise.cuh"
 
 namespace isonet_fast::cuda {
 

@@ -17,7 +17,7 @@ struct ResidualSReLUForward {
   static constexpr bool kSumsScale = false;
 
   template <typename A, typename S>
-  ISONET_FORMULA void apply(const A (&in)[2], A b, A s, A (&out)[1], S& grad_bias, S& grad_scale) {
+  ISONET_FAST_FORMULA void apply(const A (&in)[2], A b, A s, A (&out)[1], S& grad_bias, S& grad_scale) {
     const A sum[1] = {in[0] + s * in[1]};
     SReLUForward::apply(sum, b, s, out, grad_bias, grad_scale);
   }
@@ -30,7 +30,7 @@ struct ResidualSReLUBackward {
   static constexpr bool kSumsScale = true;
 
   template <typename A, typename S>
-  ISONET_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], S& grad_bias, S& grad_scale) {
+  ISONET_FAST_FORMULA void apply(const A (&in)[3], A b, A s, A (&out)[2], S& grad_bias, S& grad_scale) {
     const bool blocked = in[1] <= b;
     const A g = blocked ? A(0) : in[0];
     out[0] = g;

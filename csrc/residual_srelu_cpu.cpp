@@ -1,6 +1,6 @@
-// The residual join on the CPU: the formulas of residual_srelu.cuh in the loops of walk_cpu.h.
+// The residual join on the CPU: the formulas of residual_srelu.cuh in the loops of elementwise_cpu.h.
 #include "residual_srelu.cuh"
-#include "walk_cpu.h"
+#include "elementwise_cpu.h"
 
 namespace isonet_fast::cpu {
 

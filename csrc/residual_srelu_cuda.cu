@@ -1,4 +1,4 @@
-// The residual join on a GPU: the formulas of residual_srelu.cuh in the kernels of walk.cuh.
+// The residual join on a GPU: the formulas of residual_srelu.cuh in the kernels of elementwise.cuh.
 #include "launch.cuh"
 #include "residual_srelu.cuh"
 

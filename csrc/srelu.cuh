@@ -4,22 +4,22 @@
 //   dx = g m,  db = sum of g (1 - m) over all but the channels,  m = not (y <= b)
 //
 // A formula says how many tensors it reads and writes and which sums it needs; how memory is walked is
-// walk.cuh's business on the GPU and walk_cpu.h's on the CPU. Both compile this file. Values arrive widened to
-// A, float (double for float64): widening a half is exact, so comparing in float is comparing in the tensor's dtype.
-// Sums are kept in S: A, or on the CPU double.
+// elementwise.cuh's business on the GPU and elementwise_cpu.h's on the CPU. Both compile this file. Values arrive
+// widened to A, float (double for float64): widening a half is exact, so comparing in float is comparing in the
+// tensor's dtype. Sums are kept in S: A, or on the CPU double.
 #pragma once
 
 #ifdef __CUDACC__
-#define ISONET_FORMULA static __host__ __device__ __forceinline__
+#define ISONET_FAST_FORMULA static __host__ __device__ __forceinline__
 #else
-#define ISONET_FORMULA [[gnu::always_inline]] static inline
+#define ISONET_FAST_FORMULA [[gnu::always_inline]] static inline
 #endif
 
 namespace isonet_fast {
 
 // max(x, b), NaN if either is: one instruction from sm_80 on, three elsewhere.
 template <typename A>
-ISONET_FORMULA A larger(A x, A b) {
+ISONET_FAST_FORMULA A larger(A x, A b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (sizeof(A) == sizeof(float)) {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(b));
@@ -36,7 +36,7 @@ struct SReLUForward {
   static constexpr bool kSumsScale = false;
 
   template <typename A, typename S>
-  ISONET_FORMULA void apply(const A (&in)[1], A b, A, A (&out)[1], S&, S&) {
+  ISONET_FAST_FORMULA void apply(const A (&in)[1], A b, A, A (&out)[1], S&, S&) {
     out[0] = larger(in[0], b);
   }
 };
@@ -48,7 +48,7 @@ struct SReLUBackward {
   static constexpr bool kSumsScale = false;
 
   template <typename A, typename S>
-  ISONET_FORMULA void apply(const A (&in)[2], A b, A, A (&out)[1], S& grad_bias, S&) {
+  ISONET_FAST_FORMULA void apply(const A (&in)[2], A b, A, A (&out)[1], S& grad_bias, S&) {
     const A g = in[0];
     const bool blocked = in[1] <= b;  // false for a NaN on either side: then the gradient passes
     out[0] = blocked ? A(0) : g;

@@ -1,6 +1,6 @@
-// SReLU on the CPU: the formulas of srelu.cuh in the loops of walk_cpu.h.
+// SReLU on the CPU: the formulas of srelu.cuh in the loops of elementwise_cpu.h.
 #include "srelu.cuh"
-#include "walk_cpu.h"
+#include "elementwise_cpu.h"
 
 namespace isonet_fast::cpu {
 

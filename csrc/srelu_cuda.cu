@@ -1,4 +1,4 @@
-// SReLU on a GPU: the formulas of srelu.cuh in the kernels of walk.cuh.
+// SReLU on a GPU: the formulas of srelu.cuh in the kernels of elementwise.cuh.
 #include "launch.cuh"
 #include "srelu.cuh"
 

@@ -1,4 +1,4 @@
-// What the streaming kernels need to know of a tensor: its element type, and its shape as three numbers.
+// What the elementwise kernels need to know of a tensor: its element type, and its shape as three numbers.
 //
 // Every dense tensor of shape (N, C, *), in whatever order its dimensions lie in memory, is one block of
 // numel elements in which element i belongs to channel (i / inner) % channels. NCHW has inner = H * W,

@@ -13,5 +13,5 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def summing(terms: Tensor) -> torch.dtype:
     """Of a sum over `terms`: float64 where they are few, because these may cancel, and then a rounding shows."""
-    few = terms.device.type == "cpu" and terms.numel() <= 4096  # as in csrc/walk_cpu.h
+    few = terms.device.type == "cpu" and terms.numel() <= 4096  # as in csrc/elementwise_cpu.h
     return torch.float64 if few else wide(terms.dtype)

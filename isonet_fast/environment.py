@@ -27,7 +27,7 @@ def describe() -> dict[str, str]:
         rows["gpu"] = torch.cuda.get_device_name()
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     for device in devices:
-        rows[f"srelu, residual_srelu on {device.type}"] = _probe(device, _streaming(device), _launch_streaming)
+        rows[f"srelu, residual_srelu on {device.type}"] = _probe(device, _elementwise(device), _launch_elementwise)
         rows[f"orthogonality_loss on {device.type}"] = _probe(device, _matrix(device), _launch_matrix)
     return rows
 
@@ -54,7 +54,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _streaming(device: torch.device) -> str:
+def _elementwise(device: torch.device) -> str:
     if why := _library.why_not(device):
         return f"PyTorch: {why}"
     return "CUDA kernels (csrc)" if device.type == "cuda" else "C++ kernels (csrc)"
@@ -71,7 +71,7 @@ def _matrix(device: torch.device) -> str:
     return f"closed form: {why}" if why else "Triton kernels"
 
 
-def _launch_streaming(device: torch.device) -> None:
+def _launch_elementwise(device: torch.device) -> None:
     x = torch.tensor([[-2.0, 0.5]], device=device)
     y = srelu(x, torch.full((2,), -1.0, device=device))
     assert y.tolist() == [[-1.0, 0.5]], y

@@ -21,7 +21,7 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # those of the release list
 
 
 def accesses() -> dict[str, tuple[int, int]]:
-    """16-byte loads and stores of a kernel, by its formula: tensors read and written, times kRounds of walk.cuh."""
+    """16-byte loads and stores of a kernel, by its formula: tensors read and written, times kRounds."""
     declared = r"^struct (\w+) \{\n  static constexpr int kReads = (\d);.*\n  static constexpr int kWrites = (\d);"
     found = {}
     for header in sorted((ROOT / "csrc").glob("*.cuh")):

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, for tests: one fiber per CUDA thread. Include it before any .cu source.
 //
 // Emulated: grid and block indices, dynamic shared memory, __syncthreads, __shfl_down_sync, __umul64hi, and
-// launches through ISONET_FAST_LAUNCH (walk.cuh). A block's threads run one after the other until each reaches a
+// launches through ISONET_FAST_LAUNCH (elementwise.cuh). A block's threads run one after the other until each reaches a
 // barrier, in an order that the test chooses: 0 ascending, 1 descending, otherwise a shuffle seeded by that number,
 // new at every barrier. So
 // - a missing barrier shows as a result that is wrong in some order;

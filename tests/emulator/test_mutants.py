@@ -14,22 +14,22 @@ from emulator_build import ROOT, build, obstacle, run_checks
 # name: (file, text in the source, its replacement)
 BUGS = {
     "missing_barrier": (
-        "walk.cuh",
+        "elementwise.cuh",
         "sums[y * width + x * V + v] = r.grad_bias[v];\n    }\n    __syncthreads();",
         'sums[y * width + x * V + v] = r.grad_bias[v];\n    }\n    if (!planted("missing_barrier")) __syncthreads();',
     ),
     "off_by_one": (
-        "walk.cuh",
+        "elementwise.cuh",
         "if (row < stop) in[u][k] =",
         'if (row < stop + planted("off_by_one")) in[u][k] =',
     ),
     "missing_wait": (
-        "walk.cuh",
+        "elementwise.cuh",
         "ISONET_FAST_AWAIT_GRID();\n  if",
         'if (!planted("missing_wait")) ISONET_FAST_AWAIT_GRID();\n  if',
     ),
     "divergent_barrier": (
-        "walk.cuh",
+        "elementwise.cuh",
         "if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;\n  __syncthreads();",
         "if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;\n"
         '  if (!planted("divergent_barrier") || threadIdx.x < 32) __syncthreads();',
