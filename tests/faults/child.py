@@ -137,7 +137,7 @@ def carry_out(plan: dict[str, Any]) -> int:
                 FAULTS[name](self, **fault)
             super()._train_step(batch)
 
-    launch.Run = Faulty  # type: ignore[misc]
+    object.__setattr__(launch.CLASSIFIER, "run", Faulty)
     return main(plan["arguments"])
 
 
