@@ -144,6 +144,16 @@ def test_importing_needs_no_other_package():
     assert result.stdout == "[]\n", result.stderr
 
 
+OPTIONAL = ("PIL", "torchvision", "matplotlib", "sklearn", "pycocotools", "timm", "onnx", "safetensors", "triton")
+
+
+def test_the_command_runs_without_optional_packages():
+    missing = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
+    code = f"{missing}; from isonet_fast.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    for arguments in (["info"], ["table", "1", "--dry-run"], ["detect", "--help"]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=120)
+
+
 def test_a_library_built_from_other_sources_is_named_with_the_remedy():
     code = """
 import torch

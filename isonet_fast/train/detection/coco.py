@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ...import_torchvision import import_torchvision
 from ...safe_load import few
-from ..data.images import read_image
 from ..data.source import Corrupt, Source
 from ..paths import user_path
 
@@ -76,6 +75,8 @@ class Coco:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        from ..data.images import read_image  # Pillow, which the other commands do without
+
         about = self.images[index]
         path = str(self.folder / about["file_name"])
         image = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1).float() / 255
