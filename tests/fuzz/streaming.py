@@ -242,6 +242,8 @@ class Trial:
         call = self.ours()
         if expected == "right" and self.case.flag("compiled", COMPILED_ODDS):
             self.double = False
+            if self.layer and operands[self.target]._base is not None:
+                self.writes = self.observe_base = False  # a compiled layer writes over no view
             torch._dynamo.reset()
             backends = ["aot_eager"] * 12
             if not any(
