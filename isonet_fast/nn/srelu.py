@@ -55,7 +55,8 @@ class SReLU(_ChannelBias):
     0 (linear) to 3 (nn.Conv3d). Then every batched and unbatched x is accepted.
 
     inplace=True lets y be written over x: right behind any operation that does not need its own output for its
-    backward, such as a convolution. Use only the returned tensor: under torch.compile the layer never writes over a view.
+    backward, such as a convolution. Use only the returned tensor: under torch.compile the layer never writes over a
+    view.
 
     Raises TypeError or ValueError, with the argument's name, for channels below 1, an `init` that is no number, another
     `spatial_dims` and a dtype that `functional.srelu` does not take.
