@@ -149,7 +149,7 @@ class ResidualSReLUBackward(torch.autograd.Function):
         dg = m (ddshortcut + s ddbranch + dds branch) + (1 - m) ddb;  dbranch = dds g m;  ds = sum g m ddbranch.
         """
         grad_output, output, branch, bias, scale = ctx.saved_tensors
-        taken, dtype = blocked(output, bias), wide(output.dtype)
+        taken, dtype = blocked(output, bias), summing(output)
         masked = torch.where(taken, 0, grad_output).to(dtype)
         passed, grad_branch, grad_scale = torch.zeros_like(masked), None, None
         if gg_shortcut is not None:

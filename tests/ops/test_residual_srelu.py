@@ -223,3 +223,16 @@ def test_a_sum_that_cancels_in_the_second_backward_is_rounded_once():
     y = functional.residual_srelu(shortcut, branch, torch.zeros(1), scale)
     (grad_branch,) = torch.autograd.grad(y, branch, torch.ones(4, 1), create_graph=True)
     assert torch.autograd.grad(grad_branch, scale, terms)[0].item() == 1 + 2.0**-20
+
+
+def test_three_terms_that_cancel_in_the_second_backward_are_rounded_once():
+    """dg = ddshortcut + s ddbranch + dds branch: a product that is rounded before the sum would be off by 3 %."""
+    leaves = [torch.full((1, 1), value, requires_grad=True) for value in (1.0, 1e-6, -1.0)]
+    shortcut, branch, bias = leaves
+    scale, grad = torch.tensor(1 / 3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    y = functional.residual_srelu(shortcut, branch, bias.view(1), scale)
+    firsts = torch.autograd.grad(y, [shortcut, branch, scale], grad, create_graph=True)
+    seconds = [torch.tensor([[1.0]]), torch.tensor([[-3.0]]), torch.tensor(1.0)]
+    (found,) = torch.autograd.grad(firsts, grad, seconds)
+    expected = 1 - 3 * scale.double() + branch.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-7, atol=0)
