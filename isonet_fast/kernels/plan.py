@@ -153,6 +153,10 @@ class Plan:
         p = self.packed[n]
         return max((p.layer.overlap(t) for t in p.offsets), default=0) * p.columns
 
+    def _shortest(self, n: int) -> int:
+        p = self.packed[n]
+        return min((p.layer.overlap(t) for t in p.offsets), default=0) * p.columns
+
     def _pack_rows(self, n: int) -> np.ndarray:
         p = self.packed[n]
         blocks = range(p.blocks if p.offsets else 0)
@@ -173,8 +177,10 @@ class Plan:
 
     def _plan_gram(self) -> None:
         first = 0
+        # A layer of one offset has no short tile to fill the tail with, however long its tiles are: it comes early
+        order = sorted(self._order, key=lambda n: -self._shortest(n))
         for tile in self.variant.gram:
-            rows = [self._gram_rows(n) for n in self._order if self._gram_tile[n] == tile]
+            rows = [self._gram_rows(n) for n in order if self._gram_tile[n] == tile]
             table = _joined(rows, GRAM)
             if len(table):
                 self.gram_tiles[tile] = table

@@ -188,7 +188,7 @@ def test_summary_counts_what_the_tables_say(precision):
     assert sum(r.grad_tiles for r in plan.summary()) == sum(map(len, plan.grad_tiles.values()))
 
 
-def test_layers_stay_together_longest_first():
+def test_layers_stay_together_those_without_short_tiles_first():
     """Except for the last, as many as the L2 cache holds: there the longest tiles come first."""
     plan = make(network(34, False))
     (table,) = plan.gram_tiles.values()
@@ -198,8 +198,8 @@ def test_layers_stay_together_longest_first():
     start = next(n for n in range(len(layers)) if layers[n] in last)
     assert len(last) >= 3 and not set(layers[:start]) & last
     assert sum(plan.packed[n].plane_rows * 256 * 4 for n in last) <= planning.L2_BYTES
-    longest = [plan._longest(n) for n in dict.fromkeys(layers[:start])]
-    assert longest == sorted(longest, reverse=True)
+    order = [(plan._shortest(n), plan._longest(n)) for n in dict.fromkeys(layers[:start])]
+    assert order == sorted(order, reverse=True)
     steps = table[start:]["depth"] * table[start:]["height"] * table[start:]["width"] * table[start:]["columns"]
     steps = steps * np.where(table[start:]["a_row"] == table[start:]["b_row"], 2, 3)
     assert (np.diff(steps) <= 0).all() and steps[0] > steps[-1]
