@@ -18,6 +18,8 @@ from isonet_fast import convert, deconvert, models
 from isonet_fast.models import isonet_cifar
 
 DOUBLE = torch.float64
+# By torch.export without strict=True. PyTorch 2.11 loses them, those of a plain nn.Conv2d too.
+TYPES_ARE_KEPT = not torch.__version__.startswith("2.11")
 
 
 def generic(net: nn.Module) -> nn.Module:
@@ -192,7 +194,7 @@ def ordinary() -> nn.Module:
 def found(net: nn.Module) -> dict[str, int]:
     """What the tools that compare types find: folded BatchNorms, fusable modules, convolutions to quantise."""
     x = torch.randn(1, 3, 6, 6)
-    graph = torch.export.export(net, (x,)).module().graph
+    graph = torch.export.export(net, (x,), strict=not TYPES_ARE_KEPT).module().graph
     partitions = get_source_partitions(graph, [nn.Conv2d]).get(nn.Conv2d, [])
     left = sum(isinstance(m, nn.BatchNorm2d) for m in fuse(net).modules())
     fused = torch.ao.quantization.fuse_modules(net, [["0", "1", "2"], ["3", "4", "5"]])
@@ -262,6 +264,11 @@ def test_pt2e_quantises_as_much_as_before_conversion():
         prepared(*example)
         return sum(weight.dtype == torch.int8 for weight in convert_pt2e(prepared).state_dict().values())
 
-    assert [quantised(vgg()), quantised(convert(vgg())), quantised(deconvert(convert(vgg())))] == [5, 1, 5]
-    assert quantised(convert(vgg()), strict=True) == 5
-    assert quantised(convert(vgg(), convolutions=False)) == 5
+    plain = 5 if TYPES_ARE_KEPT else 0
+    assert [quantised(vgg()), quantised(convert(vgg())), quantised(deconvert(convert(vgg())))] == [
+        plain,
+        plain // 5,
+        plain,
+    ]
+    assert quantised(convert(vgg(), convolutions=False)) == plain
+    assert [quantised(net, strict=True) for net in (vgg(), convert(vgg()), deconvert(convert(vgg())))] == [5, 5, 5]
