@@ -95,6 +95,18 @@ def test_jit_trace(residual):
 
 
 @pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_the_torchscript_exporter_writes_onnx_too(residual, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    net, path = network(residual), tmp_path / "net.onnx"
+    torch.onnx.export(net, (IMAGES,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "batch"}})
+    x = torch.randn(5, *IMAGES.shape[1:])
+    got = torch.from_numpy(runtime.InferenceSession(path).run(None, {"x": x.numpy()})[0])
+    torch.testing.assert_close(got, net(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
 def test_symbolic_trace_keeps_the_fast_functions(residual):
     net = network(residual)
     traced = torch.fx.symbolic_trace(net)
