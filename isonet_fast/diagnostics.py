@@ -46,6 +46,8 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
     (Sedghi, Gupta, Long, ICLR 2019). A stride s folds the s^d frequencies that alias onto one output frequency side by
     side, divided by s^(d/2). Computed from eigenvalues of the smaller gram matrix: values under 1e-8 are rounding.
 
+    If a weight is not finite, all values are NaN.
+
     A transposed convolution has the singular values of the convolution with the same weight. `input_size` is then the
     size of its output, which is the input of that convolution.
 
@@ -110,6 +112,8 @@ def _symbols(kernel: Tensor, conv: Convolution, size: tuple[int, ...]) -> Tensor
 
 def _values(blocks: Tensor) -> Tensor:
     gram = blocks @ blocks.mH if blocks.shape[1] <= blocks.shape[2] else blocks.mH @ blocks
+    if not gram.isfinite().all():  # eigvalsh would raise
+        return gram.real.new_full(gram.shape[:-1], math.nan).flatten()
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flatten().sort(descending=True).values
 
 

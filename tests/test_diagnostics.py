@@ -1,5 +1,7 @@
 """Singular values against the dense operator; the report of a network."""
 
+import math
+
 import pytest
 import torch
 
@@ -156,3 +158,15 @@ def test_a_complex_or_sparse_weight_is_named():
         diagnostics.singular_values(conv, 8)
     rows = rows_by_name(torch.nn.Sequential(conv), (2, 8, 8))
     assert rows["0"].excluded == "complex64 weight"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_diverged_layer_has_singular_values_that_are_nan(value):
+    model = torch.nn.Sequential(OrthoConv2d(4, 4, 3, padding=1), OrthoConv2d(4, 8, 3, padding=1), OrthoLinear(2, 2))
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = value
+        model[2].weight[0, 0] = value
+    assert diagnostics.singular_values(model[0], 8).shape == (4 * 64,)
+    assert diagnostics.singular_values(model[2], ()).isnan().all()
+    rows = rows_by_name(model[:2], (4, 8, 8))
+    assert math.isnan(rows["0"].smallest) and math.isnan(rows["0"].largest) and rows["1"].largest == pytest.approx(1)
