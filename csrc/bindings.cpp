@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "orthogonality.h"
-#include "residual_srelu.cuh"
-#include "srelu.cuh"
+#include "residual_srelu.h"
+#include "srelu.h"
 #include "torch_launch.h"
 #include "torch_tensor.h"
 

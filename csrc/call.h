@@ -1,4 +1,4 @@
-// One call of an elementwise kernel: raw pointers, sizes, a dtype; no torch. Its formula (srelu.cuh) says what it
+// One call of an elementwise kernel: raw pointers, sizes, a dtype; no torch. Its formula (srelu.h) says what it
 // computes.
 //
 // All tensors of a call share dtype, extent and memory order. The bias is rounded to that dtype before it is compared,

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "run_cpu.h"
+#include "simd_dispatch.h"
 
 namespace isonet_fast::cpu {
 

@@ -1,17 +1,18 @@
-// How the GPU walks a tensor. Two walks serve every op: a formula (srelu.cuh) rides along.
+// The elementwise kernels on the GPU. Two serve every op; their template argument, a formula (srelu.h), says what is
+// computed for one element.
 //
-// planes_kernel   NCHW: a block belongs to one channel and walks that channel's planes as one list of
-//                 16-byte vectors; one bias value, and one running sum, for the whole block.
+// planes_kernel   NCHW: a block belongs to one channel and reads that channel's planes as one list of
+//                 16-byte vectors. It needs one bias value and keeps one running sum.
 // columns_kernel  everything else: memory as a matrix whose columns are (channel, inner) positions and whose
-//                 rows are the outer index. A thread owns 16 bytes of columns and walks down the rows, so the
+//                 rows are the outer index. A thread owns 16 bytes of columns and goes through the rows, so the
 //                 bias values and the partial sums of its columns never leave its registers. channels_last is
 //                 the case inner = 1. Small or odd planes (7 x 7) are the other: no plane ever wastes a block,
 //                 and no plane's odd length costs the 16-byte access, because vectors may straddle planes.
 //
 // What makes it fast: these ops are pure memory traffic, so a thread asks for 4 to 6 vectors of 16 bytes before it
 // uses the first (kRounds), divisions are two multiplications (Divide) once per vector or per thread, and the
-// grid is thousands of equal blocks. They walk from the tensor's end to its start: the end is what the convolution
-// before wrote last, and so what the cache still holds; and the start is what the one after reads first. A backward
+// grid is thousands of equal blocks. The first blocks take the end of the tensor, which the convolution before wrote
+// last and the cache still holds. The last blocks take its start, which the convolution after reads first. A backward
 // reads its inputs for the last time, so that they need not stay in the cache (load); its outputs, and y, are the next
 // convolution's inputs.
 //
@@ -142,7 +143,7 @@ __device__ __forceinline__ typename Element<T>::Sum scale_value(const Parameter&
   return static_cast<A>(*static_cast<const float*>(scale.data));
 }
 
-// What a thread carries along its walk.
+// What a thread keeps from its first element to its last.
 template <typename T, int V>
 struct Registers {
   using A = typename Element<T>::Sum;

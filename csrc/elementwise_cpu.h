@@ -1,12 +1,12 @@
-// How the CPU walks a tensor; a formula (srelu.cuh) rides along.
+// The elementwise loops on the CPU. A formula (srelu.h) says what they compute for one element.
 //
-// One pass over memory where eager PyTorch takes several. Two walks: runs (the inner elements of one channel are
-// consecutive: NCHW) and rows (inner = 1: channels_last), where the bias values and the running sums are arrays
-// in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these are
-// added in order, in double, at the end: the same bits for any number of threads.
+// One pass over memory where eager PyTorch takes several. There are two loops: over runs (the inner elements of one
+// channel are consecutive: NCHW), and over rows (inner = 1: channels_last), where the bias values and the running sums
+// are arrays in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these
+// are added in order, in double, at the end: the same bits for any number of threads.
 //
-// Every loop body is compiled for the baseline and for AVX2 (run_cpu.h). AVX-512 gains nothing here: memory is the
-// limit.
+// Every loop body is compiled for the baseline and for AVX2 (simd_dispatch.h). AVX-512 gains nothing here, because
+// memory is the limit.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@
 
 #include "call.h"
 #include "element_cpu.h"
-#include "run_cpu.h"
+#include "simd_dispatch.h"
 
 namespace isonet_fast::cpu {
 
@@ -45,13 +45,13 @@ constexpr int64_t kExactSums = 4096;  // elements of the tensor
 constexpr int64_t kRunBlock = 1024;  // elements, in some 16 vector lanes
 constexpr int64_t kRowBlock = 32;    // rows
 
-// Where a unit of walk_runs begins: a piece of a plane. Counted on from unit to unit, for a division costs as much as
-// a short plane.
-struct Place {
+// Where a unit of loop_over_runs begins: a piece of a plane. It is counted on from unit to unit, because a division
+// costs as much as a short plane.
+struct Position {
   const int64_t pieces, channels;
   int64_t piece, plane, channel;
 
-  Place(int64_t unit, int64_t pieces, int64_t channels)
+  Position(int64_t unit, int64_t pieces, int64_t channels)
       : pieces(pieces), channels(channels), piece(unit % pieces), plane(unit / pieces), channel(plane % channels) {}
 
   void next() {
@@ -68,16 +68,16 @@ struct Runs {
   ISONET_FAST_INLINE void operator()(const Streams<T>& streams, int64_t begin, int64_t end, const Extent& e,
                                      int64_t pieces, int64_t length, const Sum<T>* b, Sum<T> scale, double* grad_bias,
                                      double* grad_scale) const {
-    Place place(begin, pieces, e.channels);
-    for (int64_t unit = begin; unit < end; ++unit, place.next()) {
-      const int64_t plane = place.plane * e.inner, start = place.piece * length;
+    Position position(begin, pieces, e.channels);
+    for (int64_t unit = begin; unit < end; ++unit, position.next()) {
+      const int64_t plane = position.plane * e.inner, start = position.piece * length;
       const int64_t stop = plane + (start + length < e.inner ? start + length : e.inner);
       double total_bias = 0, total_scale = 0;
       for (int64_t at = plane + start; at < stop; at += kRunBlock) {
         const T* const in[3] = {streams.in[0] + at, streams.in[1] + at, streams.in[2] + at};
         T* const out[2] = {streams.out[0] + at, streams.out[1] + at};
         const int64_t n = stop - at < kRunBlock ? stop - at : kRunBlock;
-        const Sum<T> bias = b[place.channel];
+        const Sum<T> bias = b[position.channel];
         S sum_bias = 0, sum_scale = 0;
 #pragma omp simd reduction(+ : sum_bias, sum_scale)
         for (int64_t i = 0; i < n; ++i) apply<Formula>(in, out, i, bias, scale, sum_bias, sum_scale);
@@ -145,7 +145,7 @@ struct Sums {
 };
 
 template <class Formula, typename S, typename T>
-Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+Sums loop_over_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   const Extent& e = call.extent;
   const int64_t pieces = pieces_of(e), length = (e.inner + pieces - 1) / pieces;
   const int64_t units = e.outer * e.channels * pieces;
@@ -160,7 +160,7 @@ Sums walk_runs(const Call& call, const Streams<T>& streams, Sum<T> scale) {
 }
 
 template <class Formula, typename S, typename T>
-Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+Sums loop_over_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   const Extent& e = call.extent;
   // Few channels: take several rows as one, so that the inner loop has something to vectorise.
   const int64_t repeats = std::max<int64_t>(1, 128 / e.channels), width = repeats * e.channels;
@@ -193,22 +193,22 @@ Sums walk_rows(const Call& call, const Streams<T>& streams, Sum<T> scale) {
 }
 
 template <class Formula, typename S, typename T>
-Sums walk_elements(const Call& call, const Streams<T>& streams, Sum<T> scale) {
+Sums loop_over_elements(const Call& call, const Streams<T>& streams, Sum<T> scale) {
   if (call.extent.numel() == 0) return {};
-  return call.extent.inner > 1 ? walk_runs<Formula, S>(call, streams, scale)
-                               : walk_rows<Formula, S>(call, streams, scale);
+  return call.extent.inner > 1 ? loop_over_runs<Formula, S>(call, streams, scale)
+                               : loop_over_rows<Formula, S>(call, streams, scale);
 }
 
 template <class Formula, typename T>
-void walk_typed(const Call& call) {
+void launch_typed(const Call& call) {
   Streams<T> streams{};
   for (int k = 0; k < Formula::kReads; ++k) streams.in[k] = static_cast<const T*>(call.in[k]);
   for (int k = 0; k < Formula::kWrites; ++k) streams.out[k] = static_cast<T*>(call.out[k]);
   const Sum<T> scale = call.scale.data == nullptr ? Sum<T>(1) : exact<T>(call.scale, 0);
   const Extent& e = call.extent;
   constexpr bool summing = Formula::kSumsBias || Formula::kSumsScale;
-  const Sums sums = summing && e.numel() <= kExactSums ? walk_elements<Formula, double>(call, streams, scale)
-                                                       : walk_elements<Formula, Sum<T>>(call, streams, scale);
+  const Sums sums = summing && e.numel() <= kExactSums ? loop_over_elements<Formula, double>(call, streams, scale)
+                                                       : loop_over_elements<Formula, Sum<T>>(call, streams, scale);
   if constexpr (Formula::kSumsBias) {
     std::vector<double> totals(e.channels);
     const int64_t consecutive = e.inner > 1 ? pieces_of(e) : 1;  // sums of one channel
@@ -228,10 +228,10 @@ void walk_typed(const Call& call) {
 template <class Formula>
 void launch(const Call& call) {
   switch (call.dtype) {
-    case DType::float32: return walk_typed<Formula, float>(call);
-    case DType::float64: return walk_typed<Formula, double>(call);
-    case DType::float16: return walk_typed<Formula, Half>(call);
-    case DType::bfloat16: return walk_typed<Formula, BFloat16>(call);
+    case DType::float32: return launch_typed<Formula, float>(call);
+    case DType::float64: return launch_typed<Formula, double>(call);
+    case DType::float16: return launch_typed<Formula, Half>(call);
+    case DType::bfloat16: return launch_typed<Formula, BFloat16>(call);
   }
 }
 

@@ -1,5 +1,5 @@
-// From a call (dtype, extent, pointers) to kernels on a stream: choose the element type, the vector width, the
-// walk; launch; check. Nothing here waits for the GPU or allocates, so a call can be captured in a CUDA graph.
+// From a call (dtype, extent, pointers) to kernels on a stream: choose the element type, the vector width and the
+// kernel; launch; check. Nothing here waits for the GPU or allocates, so a call can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -31,8 +31,8 @@ int64_t workspace_bytes(const Call& call) {
 }
 
 template <typename T, int V, class Formula>
-cudaError_t launch_walk(const Operands<T>& operands, const Partition& p,
-                        const Partials<typename Element<T>::Sum>& partials, cudaStream_t stream) {
+cudaError_t launch_kernel(const Operands<T>& operands, const Partition& p,
+                          const Partials<typename Element<T>::Sum>& partials, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.blocks())), block(p.threads);
   const size_t shared = Formula::kSumsBias ? p.shared_values() * sizeof(typename Element<T>::Sum) : 0;
   if (p.planes)
@@ -93,8 +93,8 @@ cudaError_t launch_typed(const Call& call, void* workspace, cudaStream_t stream)
     for (int k = 0; k < Formula::kWrites; ++k) operands.out[k] = static_cast<T*>(call.out[k]);
     operands.bias = call.bias;
     operands.scale = call.scale;
-    const cudaError_t error = p.vector == 1 ? launch_walk<T, 1, Formula>(operands, p, partials, stream)
-                                            : launch_walk<T, 16 / sizeof(T), Formula>(operands, p, partials, stream);
+    const cudaError_t error = p.vector == 1 ? launch_kernel<T, 1, Formula>(operands, p, partials, stream)
+                                            : launch_kernel<T, 16 / sizeof(T), Formula>(operands, p, partials, stream);
     if (error != cudaSuccess) return error;
   }
   if constexpr (Formula::kSumsBias) {

@@ -20,7 +20,7 @@
 #include <memory>
 #include <new>
 
-#include "run_cpu.h"
+#include "simd_dispatch.h"
 
 namespace isonet_fast::cpu {
 namespace {

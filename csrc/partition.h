@@ -39,7 +39,7 @@ struct Divide {
 };
 
 struct Partition {
-  bool planes;          // which walk
+  bool planes;          // planes_kernel, else columns_kernel
   int vector;           // elements per access: 16 bytes' worth, or 1 where a pointer is misaligned
   int64_t channels;
   int64_t inner;        // consecutive elements of one channel
@@ -90,7 +90,7 @@ inline Partition make_partition(const Extent& extent, int vector, bool sums) {
   const int64_t wanted = sums ? clamp(ceil_div(p.vectors, kThreads * 4), 1, 2048)
                               : clamp(ceil_div(p.vectors + 1, kThreads * 8), small < kFullGrid ? small : kFullGrid, small);
 
-  // Runs of at least 512 bytes, one warp's access, for the planes walk.
+  // Runs of at least 512 bytes, one warp's access, for planes_kernel.
   p.planes = extent.inner % vector == 0 && extent.inner / vector >= 32;
   if (p.planes) {
     p.repeats = 1;

@@ -1,5 +1,5 @@
-// The residual join on the CPU: the formulas of residual_srelu.cuh in the loops of elementwise_cpu.h.
-#include "residual_srelu.cuh"
+// The residual join on the CPU: the formulas of residual_srelu.h in the loops of elementwise_cpu.h.
+#include "residual_srelu.h"
 #include "elementwise_cpu.h"
 
 namespace isonet_fast::cpu {

@@ -1,6 +1,6 @@
-// The residual join on a GPU: the formulas of residual_srelu.cuh in the kernels of elementwise.cuh.
+// The residual join on a GPU: the formulas of residual_srelu.h in the kernels of elementwise.cuh.
 #include "launch.cuh"
-#include "residual_srelu.cuh"
+#include "residual_srelu.h"
 
 namespace isonet_fast::cuda {
 

@@ -1,5 +1,5 @@
-// SReLU on the CPU: the formulas of srelu.cuh in the loops of elementwise_cpu.h.
-#include "srelu.cuh"
+// SReLU on the CPU: the formulas of srelu.h in the loops of elementwise_cpu.h.
+#include "srelu.h"
 #include "elementwise_cpu.h"
 
 namespace isonet_fast::cpu {

@@ -1,6 +1,6 @@
-// SReLU on a GPU: the formulas of srelu.cuh in the kernels of elementwise.cuh.
+// SReLU on a GPU: the formulas of srelu.h in the kernels of elementwise.cuh.
 #include "launch.cuh"
-#include "srelu.cuh"
+#include "srelu.h"
 
 namespace isonet_fast::cuda {
 

@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "call.h"
-#include "srelu.cuh"
+#include "srelu.h"
 
 #ifdef ISONET_FAST_CUDA
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);

@@ -21,6 +21,6 @@ EXTENTS = [
     (1, 1, 1000),  # one channel
     (1, 1, 1),
     (4, 1, 3),
-    (0, 4, 1),  # nothing to walk; the gradients of the parameters are zero
+    (0, 4, 1),  # no element; the gradients of the parameters are zero
     (0, 0, 1),
 ]

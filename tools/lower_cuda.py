@@ -24,7 +24,7 @@ def accesses() -> dict[str, tuple[int, int]]:
     """16-byte loads and stores of a kernel, by its formula: tensors read and written, times kRounds."""
     declared = r"^struct (\w+) \{\n  static constexpr int kReads = (\d);.*\n  static constexpr int kWrites = (\d);"
     found = {}
-    for header in sorted((ROOT / "csrc").glob("*.cuh")):
+    for header in sorted((ROOT / "csrc").glob("*.h")):
         for name, reads, writes in re.findall(declared, header.read_text(), re.MULTILINE):
             rounds = 4 if reads == "1" else 2
             found[name] = int(reads) * rounds, int(writes) * rounds
@@ -113,13 +113,13 @@ def resources(log: str, arch: int) -> dict[str, dict]:
 
 
 def readable(mangled: str) -> tuple[str, int]:
-    """`planes_kernel<bfloat16, 8, SReLUBackward>` and its vector width (0 for a kernel that walks no tensor)."""
+    """`planes_kernel<bfloat16, 8, SReLUBackward>` and its vector width (0 for `finish_kernel`, which has none)."""
     types = {"f": "float32", "d": "float64", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
-    walk = re.match(
+    names = re.match(
         r"_ZN11isonet_fast\d+([a-z]+_kernel)I(f|d|6__half|13__nv_bfloat16)(?:Li(\d+)ENS_\d+(\w+?)EE)?", mangled
     )
-    assert walk is not None, mangled
-    kernel, element, vector, formula = walk.groups()
+    assert names is not None, mangled
+    kernel, element, vector, formula = names.groups()
     if vector is None:
         return f"{kernel}<{types[element]}>", 0
     return f"{kernel}<{types[element]}, {vector}, {formula}>", int(vector)

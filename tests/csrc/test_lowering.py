@@ -24,7 +24,7 @@ def test_gates(arch: int) -> None:
     assert not failures, "\n".join(failures)
     formulas = lower_cuda.ACCESSES
     assert formulas["SReLUForward"] == (4, 4) and formulas["ResidualSReLUBackward"] == (6, 4)
-    # Two walks in four dtypes, vectors and scalars, for each formula; a last pass per file and sum type.
+    # Two kernels in four dtypes, vectors and scalars, for each formula; a last pass per file and sum type.
     assert len(rows) == 2 * 4 * 2 * len(formulas) + 2 * len(lower_cuda.SOURCES)
     assert {row["arch"] for row in rows} == {f"sm_{arch}"} and all(row["registers"] > 0 for row in rows)
     wrong = {"kernel": "k<float32, 4, SReLUBackward>", "arch": "sm_90", "spills": 8, "stack": 8, "vector": 4}

@@ -13,8 +13,8 @@
 
 #include "call.h"
 #include "partition.h"
-#include "residual_srelu.cuh"
-#include "srelu.cuh"
+#include "residual_srelu.h"
+#include "srelu.h"
 
 namespace py = pybind11;
 using namespace isonet_fast;

@@ -3,10 +3,10 @@
 //   y  = x if (x > b or x is NaN) else b
 //   dx = g m,  db = sum of g (1 - m) over all but the channels,  m = not (y <= b)
 //
-// A formula says how many tensors it reads and writes and which sums it needs; how memory is walked is
-// elementwise.cuh's business on the GPU and elementwise_cpu.h's on the CPU. Both compile this file. Values arrive
-// widened to A, float (double for float64): widening a half is exact, so comparing in float is comparing in the
-// tensor's dtype. Sums are kept in S: A, or on the CPU double.
+// A formula says how many tensors it reads and writes and which sums it needs. The loops over memory are in
+// elementwise.cuh (GPU) and elementwise_cpu.h; both compile this file. Values arrive widened to A, which is float
+// (double for float64): widening a half is exact, so comparing in float is comparing in the tensor's dtype. Sums are
+// kept in S: A, or on the CPU double.
 #pragma once
 
 #ifdef __CUDACC__

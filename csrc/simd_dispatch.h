@@ -1,5 +1,6 @@
-// Every loop body is written once and compiled for the baseline of the platform and for longer vectors, chosen at run
-// time, so a wheel needs no -march. A body is an object whose operator() is always inlined.
+// Which instruction set a loop runs with on the CPU. Its body is written once and compiled for the baseline of the
+// platform and for longer vectors; run() chooses among them, so a wheel needs no -march. A body is an object whose
+// operator() is always inlined.
 #pragma once
 
 #define ISONET_FAST_INLINE [[gnu::always_inline]] inline
@@ -32,7 +33,7 @@ inline bool has_avx512() {
 }
 #endif
 
-// With AVX2 at most: what streams through memory gains nothing from more.
+// With AVX2 at most: a loop that memory limits gains nothing from more.
 template <class Body, class... Arguments>
 void run(const Body& body, Arguments&&... arguments) {
 #ifdef ISONET_FAST_AVX

@@ -1,4 +1,4 @@
-// The arithmetic of the residual join for one element; see srelu.cuh for what a formula is.
+// The arithmetic of the residual join for one element; see srelu.h for what a formula is.
 //
 //   y = max(shortcut + s * branch, b)        the sum formed in float32 (float64 for float64), rounded once
 //   dshortcut = g m,  dbranch = s g m,  ds = sum of g m branch,  db = sum of g (1 - m),  m = not (y <= b)
@@ -6,7 +6,7 @@
 // A join without a scale runs the same forward with s = 1 (1 * branch is exact) and SReLU's own backward.
 #pragma once
 
-#include "srelu.cuh"
+#include "srelu.h"
 
 namespace isonet_fast {
 
