@@ -117,7 +117,7 @@ def _values(blocks: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flatten().sort(descending=True).values
 
 
-class Row(NamedTuple):
+class ReportRow(NamedTuple):
     """One layer in `isometry_report`. Its numbers are NaN where it is excluded."""
 
     name: str
@@ -131,7 +131,7 @@ class Row(NamedTuple):
     isometry: str = ""  # how near to an isometry it can come (`existence.isometry`)
 
 
-class Report(list[Row]):
+class Report(list[ReportRow]):
     """The rows of `isometry_report`; prints as a table."""
 
     def __str__(self) -> str:
@@ -187,7 +187,7 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
         if name in readable and name not in sizes and not isinstance(module, nn.Linear):
             excluded[name] = "not reached by this input"
         if excluded[name]:
-            rows.append(Row(name, shape_of(module), excluded=excluded[name]))
+            rows.append(ReportRow(name, shape_of(module), excluded=excluded[name]))
         else:
             rows.append(_row(name, module, sizes.get(name, ())))
     return rows
@@ -203,7 +203,7 @@ def _why_not(module: nn.Module, include: Types) -> str:
     return unfit(weight) or overridden(module, include) or ("" if has_values(weight) else NO_VALUES)
 
 
-def _row(name: str, module: Any, size: tuple[int, ...]) -> Row:
+def _row(name: str, module: Any, size: tuple[int, ...]) -> ReportRow:
     grid = () if isinstance(module, nn.Linear) else _grid(module, size)
     values = singular_values(module, grid)
     weight, penalty = module.weight, own_penalty(module) or "isonet"
@@ -213,7 +213,7 @@ def _row(name: str, module: Any, size: tuple[int, ...]) -> Row:
     ).item()
     numbers = values[-1].item(), values[len(values) // 2].item(), values[0].item(), loss
     possible = existence.isometry(layer, is_transposed(module))
-    return Row(name, tuple(weight.shape), grid, *numbers, isometry=possible)
+    return ReportRow(name, tuple(weight.shape), grid, *numbers, isometry=possible)
 
 
 def _grid(module: Convolution, size: tuple[int, ...]) -> tuple[int, ...]:

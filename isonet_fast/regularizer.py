@@ -32,7 +32,7 @@ from .penalty_arguments import check_gradients, check_precision, checked_scale
 from .problem import Problem
 from .selection import Coeff, Selection
 from .sharded import Shards, is_sharded, reshard
-from .summary import Row, Summary, gflop
+from .summary import Summary, SummaryRow, gflop
 
 _WEIGHT = operator.itemgetter("weight")
 Gathered = tuple[list[nn.Parameter], Problem, Shards | None]
@@ -317,11 +317,11 @@ class OrthoRegularizer:
             shape, possible = tuple(weight.shape), isometry(layer_of(weight, module, penalty), is_transposed(module))
             if id(weight) in computed:
                 layer, value = computed.pop(id(weight))
-                rows[name] = Row(name, shape, penalty, "", coeff, value, gflop(layer), possible)
+                rows[name] = SummaryRow(name, shape, penalty, "", coeff, value, gflop(layer), possible)
             else:
-                rows[name] = Row(name, shape, None, "shares its weight", 0.0, 0.0, 0.0, possible)
+                rows[name] = SummaryRow(name, shape, None, "shares its weight", 0.0, 0.0, 0.0, possible)
         for name, (module, why) in self._selection.excluded.items():
-            rows[name] = Row(name, shape_of(module), None, why, 0.0, 0.0, 0.0)
+            rows[name] = SummaryRow(name, shape_of(module), None, why, 0.0, 0.0, 0.0)
         order = [name for name, _ in self._model.named_modules() if name in rows]
         return Summary(rows[name] for name in order)
 

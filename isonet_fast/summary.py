@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .geometry import Layer, Penalty
 
 
-class Row(NamedTuple):
+class SummaryRow(NamedTuple):
     """One layer in `OrthoRegularizer.summary()`."""
 
     name: str
@@ -21,7 +21,7 @@ class Row(NamedTuple):
     isometry: str = ""  # how near to an isometry it can come (`existence.isometry`)
 
 
-class Summary(list[Row]):
+class Summary(list[SummaryRow]):
     """The rows of `OrthoRegularizer.summary()`; prints as a table."""
 
     def __str__(self) -> str:
