@@ -19,7 +19,7 @@ from isonet_fast import OrthoRegularizer
 from isonet_fast.ops import orthogonality
 
 from . import ROOT, providers
-from .harness import Contender, Problem, Session, parser
+from .harness import Contender, Session, Workload, parser
 
 NETWORKS = ("isonet101", "isonet50", "isonet34", "isonet18")
 
@@ -71,8 +71,8 @@ def compare(session: Session, network: str) -> None:
         "gradient": gradient,
     }
     for mode, call in calls.items():
-        problem = Problem("orthogonality_host", mode, f"{network}, {len(weights)} layers", "float32")
-        session.compare(problem, [Contender("isonet_fast", call)], how="host")
+        workload = Workload("orthogonality_host", mode, f"{network}, {len(weights)} layers", "float32")
+        session.compare(workload, [Contender("isonet_fast", call)], how="host")
     session.clock.release()
 
 

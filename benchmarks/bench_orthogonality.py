@@ -23,7 +23,7 @@ from isonet_fast.regularizer import official_filter
 
 from . import providers
 from .clocks import Graphed
-from .harness import Contender, Problem, Session, parser
+from .harness import Contender, Session, Workload, parser
 
 NETWORKS = ("isonet34", "isonet50", "isonet18", "isonet101")  # in the order of interest
 SLOW = ("isonet18", "kernel5", "risonet50", "isonet34")  # with targets on a CPU, where the official form takes seconds
@@ -103,7 +103,7 @@ def ours(model: nn.Module, weights: list[Tensor], gradient: bool) -> Callable[[]
     return call
 
 
-class Case:
+class PenaltyBenchmark:
     """One network (or layer): its providers, each checked against the same truth."""
 
     def __init__(
@@ -162,9 +162,9 @@ class Case:
 
         what = f"{self.name} {mode}"
         if not self.session.late(what):
-            problem = Problem(self.op, mode, self.name, "float32", self.layout)
+            workload = Workload(self.op, mode, self.name, "float32", self.layout)
             tolerance = TOLERANCE[self.session.device.type]
-            self.session.compare(problem, self.session.attempt(what, build), tolerance, "matmul", "cold")
+            self.session.compare(workload, self.session.attempt(what, build), tolerance, "matmul", "cold")
         self.session.clock.release()
 
     def _contender(self, name: str, call: Callable[[], tuple], work: float) -> Contender:
@@ -200,40 +200,42 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     networks = ["cifar8"] if session.dry else ["cifar32", *NETWORKS]
     if session.quick and not session.dry:
         networks = list(NETWORKS) if session.cuda else ["cifar32"]
-    cases = []
+    benchmarks = []
     first = "loss+gradient graph" if session.cuda else "loss+gradient"  # the mode that has a target
     for name in networks:
-        for case in session.case(name, functools.partial(network, session, name, repo)):
-            cases.append(case)
-            case.compare(first)
+        for benchmark in session.case(name, functools.partial(network, session, name, repo)):
+            benchmarks.append(benchmark)
+            benchmark.compare(first)
     if session.cuda or not session.quick:
-        fewest = sorted(cases, key=lambda case: len(case.weights))  # they compile fastest
-        for case in fewest[: 2 if session.quick else None]:
-            if not session.late(f"{case.name} compiled", needed=30.0 if session.cuda else 0.0):
-                case.compare(first, compile=True)
+        fewest = sorted(benchmarks, key=lambda benchmark: len(benchmark.weights))  # they compile fastest
+        for benchmark in fewest[: 2 if session.quick else None]:
+            if not session.late(f"{benchmark.name} compiled", needed=30.0 if session.cuda else 0.0):
+                benchmark.compare(first, compile=True)
     others = ["loss+gradient", "loss"] if session.cuda else ["loss"]
-    for mode, case in itertools.product(others, cases):
-        case.compare(mode)
+    for mode, benchmark in itertools.product(others, benchmarks):
+        benchmark.compare(mode)
     if session.cuda:
-        for case in session.case("NCHW", functools.partial(network, session, networks[0], layout="nchw")):
-            case.compare(first)
+        for benchmark in session.case("NCHW", functools.partial(network, session, networks[0], layout="nchw")):
+            benchmark.compare(first)
     run_layers(session, first)
     if session.quick and not session.cuda:
         for name in SLOW:
-            for case in session.case(name, functools.partial(network, session, name, repo), needed=30.0):
-                case.compare(first)
+            for benchmark in session.case(name, functools.partial(network, session, name, repo), needed=30.0):
+                benchmark.compare(first)
     return session
 
 
-def network(session: Session, name: str, repo: providers.OfficialRepo | None = None, **options: Any) -> Case:
-    return Case(session, name, providers.build(name), repo, **options)
+def network(
+    session: Session, name: str, repo: providers.OfficialRepo | None = None, **options: Any
+) -> PenaltyBenchmark:
+    return PenaltyBenchmark(session, name, providers.build(name), repo, **options)
 
 
 def run_layers(session: Session, mode: str) -> None:
     few = ["cifar8"] if session.dry else ["cifar32"] if session.quick and not session.cuda else NETWORKS
     for name, module in layer_shapes(few).items():
-        for case in session.case(name, functools.partial(Case, session, name, module)):
-            case.compare(mode)
+        for benchmark in session.case(name, functools.partial(PenaltyBenchmark, session, name, module)):
+            benchmark.compare(mode)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from isonet_fast.diagnostics import singular_values
 from isonet_fast.models.official import official_penalty
 
 from . import rows
-from .harness import Contender, Problem, Session, parser
+from .harness import Contender, Session, Workload, parser
 
 CHANNELS = (64, 128, 256)
 SIZE, BATCH, STEPS = 16, 16, 200
@@ -170,11 +170,11 @@ def trained(session: Session, training: Training) -> Tensor:
 
 def record(session: Session, channels: int, provider: str, values: Tensor) -> None:
     stamp = {**rows.machine(session.device.type), "utc": rows.utc()}
-    problem = Problem("peers", "", case(channels), "float32")._asdict()
+    workload = Workload("peers", "", case(channels), "float32")._asdict()
     written = []
     for mode, distance in (("largest", values[0] - 1), ("smallest", 1 - values[-1])):
         numbers = {"mode": mode, "provider": provider, "error": f"{distance.item():.6g}"}
-        written.append({**dict.fromkeys(rows.COLUMNS, ""), **stamp, **problem, **numbers})
+        written.append({**dict.fromkeys(rows.COLUMNS, ""), **stamp, **workload, **numbers})
     rows.append(session.path, written)
 
 
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     for channels in (8,) if session.dry else CHANNELS:
         for found in session.case(f"{channels} channels", functools.partial(trainings, session, channels)):
             contenders = [Contender(provider, training.step) for provider, training in found.items()]
-            session.compare(Problem("peers", "step", case(channels), "float32"), contenders, seconds=20.0)
+            session.compare(Workload("peers", "step", case(channels), "float32"), contenders, seconds=20.0)
         for found in session.case(f"{channels} channels", functools.partial(trainings, session, channels)):
             keep(session, channels, found)
     return session

@@ -16,7 +16,7 @@ from isonet_fast import OrthoConv2d
 from isonet_fast.models.official import bare, official, official_penalty
 
 from . import bench_orthogonality, providers
-from .harness import Contender, Problem, Session, dtype_name, parser
+from .harness import Contender, Session, Workload, dtype_name, parser
 from .step import CHECKED, TOLERANCE, Step, truth
 
 DEPTH, WIDTH, BATCH, SIZE = 20, 1, 32, 32  # of isonet_cifar where they do not vary; width in multiples of 16
@@ -60,8 +60,8 @@ def step(session: Session, name: str, value: int) -> None:
         check = None if provider == "bare" else functools.partial(made.error, *few, expected)
         contenders.append(Contender(provider, functools.partial(made, x, y), check, resident=made.resident))
     dtype = dtype_name(torch.bfloat16 if session.cuda else torch.float32)
-    problem = Problem("step, scaling", "training", f"{name} {value}", dtype)
-    session.compare(problem, contenders, TOLERANCE[session.cuda])
+    workload = Workload("step, scaling", "training", f"{name} {value}", dtype)
+    session.compare(workload, contenders, TOLERANCE[session.cuda])
 
 
 def penalty(session: Session, name: str, value: int) -> None:
@@ -69,8 +69,9 @@ def penalty(session: Session, name: str, value: int) -> None:
     setting = {"channels": 16 if session.dry else CHANNELS, "layers": LAYERS} | {name: value}
     channels = setting["channels"]
     convs = (OrthoConv2d(channels, channels, 3, padding=1, bias=False) for _ in range(setting["layers"]))
-    case = bench_orthogonality.Case(session, f"{name} {value}", nn.Sequential(*convs), op="orthogonality, scaling")
-    case.compare("loss+gradient")
+    model, what = nn.Sequential(*convs), f"{name} {value}"
+    benchmark = bench_orthogonality.PenaltyBenchmark(session, what, model, op="orthogonality, scaling")
+    benchmark.compare("loss+gradient")
 
 
 def main(arguments: Sequence[str] | None = None) -> Session:

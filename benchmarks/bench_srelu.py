@@ -22,7 +22,7 @@ from isonet_fast.nn import ResidualSReLU, SReLU
 
 from . import providers
 from .clocks import Graphed
-from .harness import Contender, Problem, Session, dtype_name, error, parser
+from .harness import Contender, Session, Workload, dtype_name, error, parser
 
 Shape = tuple[int, ...]
 LARGE = 256 << 20  # bytes of a tensor that no cache holds a part of worth having; below, a CUDA graph hides the host
@@ -35,7 +35,7 @@ TENSORS = {  # read or written by each op: forward, backward
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class Case(NamedTuple):
+class ActivationCase(NamedTuple):
     op: str
     shape: Shape
     dtype: torch.dtype
@@ -68,31 +68,32 @@ def activation_shapes(network: str, kind: type, batch: int) -> list[Shape]:
     return sorted(shapes, key=lambda shape: (-math.prod(shape), shape))
 
 
-def cases(session: Session) -> list[Case]:
+def cases(session: Session) -> list[ActivationCase]:
     """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and
     two sizes of which one stays in a cache, in both layouts."""
     if session.dry:
-        return [Case(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
+        return [ActivationCase(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
     batches = (256, 32) if session.cuda else (8, 2)
     found = []
     for batch, op, dtype, layout in itertools.product(batches, TENSORS, (torch.bfloat16, torch.float32), LAYOUTS):
         of = ("isonet50", SReLU) if op == "srelu" else ("risonet50", ResidualSReLU)
-        found += [Case(op, shape, dtype, layout) for shape in activation_shapes(*of, batch)]
+        found += [ActivationCase(op, shape, dtype, layout) for shape in activation_shapes(*of, batch)]
     if session.quick:
         few = [case for case in found if case.shape[0] == batches[0]]
         found = [case for case in few if _shown(session, case)]
         if not session.cuda:
             sizes = (32, 64, 56, 56), (32, 256, 14, 14)
-            found += [Case(*c) for c in itertools.product(list(TENSORS)[:2], sizes, (torch.float32,), LAYOUTS)]
+            formats = itertools.product(list(TENSORS)[:2], sizes, (torch.float32,), LAYOUTS)
+            found += [ActivationCase(*one) for one in formats]
     return sorted(found, key=lambda case: not case.head)
 
 
-def usual(session: Session, case: Case) -> bool:
+def usual(session: Session, case: ActivationCase) -> bool:
     """In the format that training uses on this device."""
     return (case.dtype, case.layout) == ((torch.bfloat16, "channels_last") if session.cuda else (torch.float32, "nchw"))
 
 
-def _shown(session: Session, case: Case) -> bool:
+def _shown(session: Session, case: ActivationCase) -> bool:
     if session.cuda:
         return case.head or usual(session, case)
     mixed = (case.dtype, case.layout) == (torch.bfloat16, "channels_last")
@@ -108,7 +109,7 @@ def grid(shape: Shape, generator: torch.Generator) -> Tensor:
 class Inputs:
     """One set of buffers of a case."""
 
-    def __init__(self, case: Case, device: torch.device, seed: int) -> None:
+    def __init__(self, case: ActivationCase, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
 
         def activation() -> Tensor:
@@ -170,7 +171,7 @@ def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[]
     return backward
 
 
-def run_case(session: Session, case: Case, compile: bool = False) -> None:
+def run_case(session: Session, case: ActivationCase, compile: bool = False) -> None:
     size = math.prod(case.shape) * case.dtype.itemsize
     count = max(1, min(8, math.ceil(2 * session.clock.cache_bytes / size)))
     forward, backward = TENSORS[case.op]
@@ -200,9 +201,9 @@ def run_case(session: Session, case: Case, compile: bool = False) -> None:
     for mode in tensors:
         what = f"{case} {mode}"
         if not session.late(what):
-            problem = Problem(case.op, mode, case.size, dtype_name(case.dtype), case.layout)
+            workload = Workload(case.op, mode, case.size, dtype_name(case.dtype), case.layout)
             contenders = session.attempt(what, functools.partial(build, mode))
-            session.compare(problem, contenders, TOLERANCE, limit="copy")
+            session.compare(workload, contenders, TOLERANCE, limit="copy")
     session.clock.release()
 
 

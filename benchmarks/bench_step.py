@@ -19,13 +19,13 @@ from isonet_fast.models.official import bare, official, official_penalty
 
 from . import providers
 from .breakdown import profile
-from .harness import Contender, Problem, Session, dtype_name, parser
+from .harness import Contender, Session, Workload, dtype_name, parser
 from .step import CHECKED, TOLERANCE, Step, deviation, flops, torchvision_resnet, truth
 
 SECONDS = {"cpu": 15.0, "cuda": 6.0}  # for the samples of a group
 
 
-class Case(NamedTuple):
+class TrainingCase(NamedTuple):
     network: str
     batch: int
     size: int
@@ -43,23 +43,24 @@ class Case(NamedTuple):
         return f"{self.network} batch {self.batch} {self.size}x{self.size}"
 
 
-def cases(session: Session) -> tuple[list[Case], list[Case]]:
+def cases(session: Session) -> tuple[list[TrainingCase], list[TrainingCase]]:
     """Those of interest, also compiled; and the rest."""
     if session.dry:
-        return [Case("cifar8", 2, 8)], []
+        return [TrainingCase("cifar8", 2, 8)], []
     if session.cuda:
-        rest = [Case(f"isonet{depth}", 128, 224) for depth in (34, 18, 101)]
-        return [Case("isonet50", 256, 224), Case("risonet50", 256, 224)], [*rest, Case("cifar32", 128, 32)]
+        of_interest = [TrainingCase(network, 256, 224) for network in ("isonet50", "risonet50")]
+        rest = [TrainingCase(f"isonet{depth}", 128, 224) for depth in (34, 18, 101)]
+        return of_interest, [*rest, TrainingCase("cifar32", 128, 32)]
     if session.quick:
-        return [Case("cifar32", 32, 32)], []
+        return [TrainingCase("cifar32", 32, 32)], []
     networks = ("isonet18", "isonet34", "isonet50", "isonet101", "risonet50")
-    return [Case("cifar32", 32, 32)], [Case(network, 4, 96) for network in networks]
+    return [TrainingCase("cifar32", 32, 32)], [TrainingCase(network, 4, 96) for network in networks]
 
 
-class Benchmark:
+class StepBenchmark:
     """The providers of one case, on one batch of images."""
 
-    def __init__(self, session: Session, case: Case, repo: providers.OfficialRepo | None) -> None:
+    def __init__(self, session: Session, case: TrainingCase, repo: providers.OfficialRepo | None) -> None:
         self.session, self.case = session, case
         self.half = session.cuda
         self.layout = torch.channels_last if session.cuda else torch.contiguous_format
@@ -133,9 +134,9 @@ class Benchmark:
         limit = session.matmul_tflops(dtype)
         contenders = [c for name in chosen for c in session.attempt(name, functools.partial(self.contender, name))]
         layout = "channels_last" if self.layout == torch.channels_last else "nchw"
-        problem = Problem("step", "training", str(self.case), dtype_name(dtype), layout)
+        workload = Workload("step", "training", str(self.case), dtype_name(dtype), layout)
         seconds = SECONDS[session.device.type]
-        session.compare(problem, contenders, TOLERANCE[self.half], limit, seconds=seconds)
+        session.compare(workload, contenders, TOLERANCE[self.half], limit, seconds=seconds)
         session.clock.release()
 
     def profile(self, provider: str) -> None:
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> Session:
     repo = providers.OfficialRepo(args.official_repo) if args.official_repo else None
     main_cases, rest = cases(session)
     for case in main_cases:
-        for benchmark in session.case(str(case), functools.partial(Benchmark, session, case, repo)):
+        for benchmark in session.case(str(case), functools.partial(StepBenchmark, session, case, repo)):
             benchmark.compare(*EAGER)
             if args.profile:
                 for provider in ("official", "isonet_fast"):
@@ -167,11 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> Session:
         for case, provider in itertools.product(main_cases, COMPILED):  # one at a time: each may be the last
             if provider.startswith("resnet") and case.resnet is None:
                 continue
-            build = functools.partial(Benchmark, session, case, None)
+            build = functools.partial(StepBenchmark, session, case, None)
             for benchmark in session.case(f"{case} {provider}", build, needed=45.0 if session.cuda else 0.0):
                 benchmark.compare("isonet_fast", provider)
     for case in rest:
-        build = functools.partial(Benchmark, session, case, repo)
+        build = functools.partial(StepBenchmark, session, case, repo)
         for benchmark in session.case(str(case), build, needed=10.0 if session.cuda else 0.0):
             benchmark.compare(*EAGER)
     return session

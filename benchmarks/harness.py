@@ -61,7 +61,7 @@ class Timing(NamedTuple):
     p80: float
 
 
-class Problem(NamedTuple):
+class Workload(NamedTuple):
     """What is computed: the columns that every provider of a group shares."""
 
     op: str
@@ -103,10 +103,10 @@ def interleave(
     def sample(name: str, repeats: int) -> float:
         try:
             return getattr(clock, how)(calls[name], repeats)
-        except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
+        except Exception as failure:  # a provider is foreign code: whatever it throws, the others are timed
             if failed is None:
                 raise
-            failed(name, problem_met)
+            failed(name, failure)
             del samples[name]
             return math.nan
 
@@ -190,7 +190,7 @@ class Session:
 
     def compare(
         self,
-        problem: Problem,
+        workload: Workload,
         contenders: Sequence[Contender],
         tolerance: float = 0.0,
         limit: str | float = "",
@@ -202,13 +202,13 @@ class Session:
         limit: the provider that shows what the machine can do (bytes are compared with its bytes, else FLOPs),
         or a rate in TFLOP/s. Every row's share of it is recorded.
         """
-        if self.late(" ".join(problem)):
+        if self.late(" ".join(workload)):
             return {}
-        ready = {c.provider: (c, checked) for c in contenders if (checked := self._check(problem, c, tolerance))}
+        ready = {c.provider: (c, checked) for c in contenders if (checked := self._check(workload, c, tolerance))}
         if not ready:
             return {}
         seconds, rounds = (0.0, 2) if self.dry else (seconds or SECONDS[self.device.type], ROUNDS)
-        calls, failed = {p: c.run for p, (c, _) in ready.items()}, functools.partial(self._failed, problem)
+        calls, failed = {p: c.run for p, (c, _) in ready.items()}, functools.partial(self._failed, workload)
         timings = interleave(self.clock, calls, seconds, rounds, how, failed)
         if not timings:
             return {}
@@ -220,16 +220,16 @@ class Session:
             bound = next((c for c in contenders if c.provider == limit and limit in timings), None)
             rate = _share(contender, timings[provider], bound, timings[bound.provider] if bound else limit)
             numbers = _numbers(contender, timings[provider], rate, wrong, peak)
-            written.append({**stamp, **problem._asdict(), **numbers})
+            written.append({**stamp, **workload._asdict(), **numbers})
         rows.append(self.path, written)
-        self._progress(problem, written)
+        self._progress(workload, written)
         return timings
 
-    def _check(self, problem: Problem, contender: Contender, tolerance: float) -> tuple[float | None, int] | None:
+    def _check(self, workload: Workload, contender: Contender, tolerance: float) -> tuple[float | None, int] | None:
         """(error, peak bytes) of a provider that is right; None, reported, of one that is not or fails."""
         try:
             if contender.provider.startswith("isonet_fast"):
-                self.demand(problem.op)
+                self.demand(workload.op)
             with torch.enable_grad():
                 wrong = contender.check() if contender.check else None
             if wrong is not None and not wrong <= tolerance:
@@ -237,8 +237,8 @@ class Session:
             contender.run()  # what is tuned or allocated at the first call is not the call's peak
             peak = self.clock.peak(contender.plain or contender.run) // contender.calls
             return wrong, peak + contender.resident
-        except Exception as problem_met:  # a provider is foreign code: whatever it throws, the others are timed
-            self._failed(problem, contender.provider, problem_met)
+        except Exception as failure:  # a provider is foreign code: whatever it throws, the others are timed
+            self._failed(workload, contender.provider, failure)
             return None
 
     def demand(self, op: str) -> None:
@@ -247,20 +247,20 @@ class Session:
             if what in NEEDS.get(op.partition(",")[0], self._lacking):
                 raise RuntimeError(f"{what} has no CUDA kernel here: {self._lacking[what]}")
 
-    def _failed(self, problem: Problem, provider: str, problem_met: Exception) -> None:
+    def _failed(self, workload: Workload, provider: str, failure: Exception) -> None:
         self.failures += 1
-        reason = str(problem_met).splitlines() or [""]
-        self.say(f"FAILED {' '.join(problem)}: {provider}: {type(problem_met).__name__}: {reason[0]}")
+        reason = str(failure).splitlines() or [""]
+        self.say(f"FAILED {' '.join(workload)}: {provider}: {type(failure).__name__}: {reason[0]}")
         if self.dry:
-            traceback.print_exception(problem_met)
+            traceback.print_exception(failure)
         self.clock.release()
 
     def attempt(self, what: str, build: Callable[[], list[Built]]) -> list[Built]:
         """What `build` makes; [], reported, where it fails."""
         try:
             return build()
-        except Exception as problem_met:  # as in _check
-            self._failed(Problem(what, "", "", ""), "building it", problem_met)
+        except Exception as failure:  # as in _check
+            self._failed(Workload(what, "", "", ""), "building it", failure)
             return []
 
     def case(self, what: str, build: Callable[[], Built], needed: float = 0.0) -> list[Built]:
@@ -273,7 +273,7 @@ class Session:
             size = 64 if self.dry else 8192 if self.cuda else 2048
             a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
             contender = Contender("matmul", lambda: a @ b, flops=2.0 * size**3)
-            timing = self.compare(Problem("matmul", "forward", f"{size}^3", dtype_name(dtype)), [contender])
+            timing = self.compare(Workload("matmul", "forward", f"{size}^3", dtype_name(dtype)), [contender])
             self._matmul[dtype] = 2e-9 * size**3 / timing["matmul"].p50 if timing else math.nan
         return self._matmul[dtype]
 
@@ -282,9 +282,9 @@ class Session:
         self.say(f"{self.failures} failures, {self.skipped} left out; rows: {self.path}")
         return 3 if self.failures else 0
 
-    def _progress(self, problem: Problem, written: list[rows.Row]) -> None:
+    def _progress(self, workload: Workload, written: list[rows.Row]) -> None:
         parts = [f"{r['provider']} {rows.ms(r):.4g} ms" + _percent(r["fraction_of_limit"]) for r in written]
-        self.say(f"{' '.join(filter(None, problem))}: {', '.join(parts)}")
+        self.say(f"{' '.join(filter(None, workload))}: {', '.join(parts)}")
 
 
 def _percent(fraction: str) -> str:

@@ -24,10 +24,10 @@ COLOURS = {
 BOUNDS = {"copy": "#cccccc", "matmul": "#cccccc"}
 
 
-def bars(axis: Any, rows: list[Row], problems: list[dict[str, str]], title: str) -> None:
+def bars(axis: Any, rows: list[Row], workloads: list[dict[str, str]], title: str) -> None:
     """One group of bars per case: milliseconds of each provider, 20th to 80th percentile as whiskers."""
     colours = COLOURS | BOUNDS
-    sides = [(f"{p['case']}\n{p['dtype']} {p['layout']}", group(rows, ("isonet_fast",), **p)) for p in problems]
+    sides = [(f"{w['case']}\n{w['dtype']} {w['layout']}", group(rows, ("isonet_fast",), **w)) for w in workloads]
     sides = [(case, side) for case, side in sides if side]
     shown = [name for name in colours if any(name in side for _, side in sides)]
     width = 0.8 / max(1, len(shown))
@@ -50,9 +50,9 @@ def bars(axis: Any, rows: list[Row], problems: list[dict[str, str]], title: str)
 def lines(axis: Any, rows: list[Row], name: str) -> None:
     """Cost against the number that varies, both logarithmic."""
     found: dict[str, dict[int, float]] = {}
-    for problem in [c for c in cases(rows) if c["case"].startswith(f"{name} ") and "scaling" in c["op"]]:
-        for provider, row in group(rows, **problem).items():
-            found.setdefault(provider, {})[int(problem["case"].split()[1])] = ms(row)
+    for workload in [c for c in cases(rows) if c["case"].startswith(f"{name} ") and "scaling" in c["op"]]:
+        for provider, row in group(rows, **workload).items():
+            found.setdefault(provider, {})[int(workload["case"].split()[1])] = ms(row)
     for provider, points in found.items():
         colour = (COLOURS | BOUNDS).get(provider)
         axis.plot(sorted(points), [points[x] for x in sorted(points)], "o-", color=colour, label=provider)
@@ -95,17 +95,16 @@ def step(rows: list[Row], folder: Path) -> list[Path]:
 
     device = [row["device"] for row in rows if row["op"] == "step"][-1]
     own = [row for row in rows if row["device"] == device]
-    problem = cases(own, op="step")[0]
-    side = group(own, ("official", "isonet_fast", "bare"), **problem)
+    workload = cases(own, op="step")[0]
+    side = group(own, ("official", "isonet_fast", "bare"), **workload)
     labels = {"official": "official arithmetic", "isonet_fast": "isonet_fast", "bare": "without SReLU and penalty"}
     figure, axis = plt.subplots(figsize=(8, 1.9), layout="constrained")
     drawn = axis.barh(list(labels.values()), [ms(side[p]) for p in labels], color=[COLOURS[p] for p in labels])
     axis.bar_label(drawn, [f" {ms(side[p]):.0f} ms" for p in labels])
     axis.invert_yaxis()
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axis.set(
-        xticks=[], title=f"one training step: {problem['case']}, {problem['dtype']}, on {device.removeprefix('cpu: ')}"
-    )
+    title = f"one training step: {workload['case']}, {workload['dtype']}, on {device.removeprefix('cpu: ')}"
+    axis.set(xticks=[], title=title)
     axis.title.set_fontsize(9)
     path = folder / "step.png"
     figure.savefig(path, dpi=130)
@@ -121,10 +120,10 @@ def peers(rows: list[Row], folder: Path) -> list[Path]:
     if not found:
         return []
     figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4.5), layout="constrained", squeeze=False)
-    for axis, problem in zip(axes[0], found, strict=True):
-        steps = group(rows, ("none", "isonet_fast"), **problem)
+    for axis, workload in zip(axes[0], found, strict=True):
+        steps = group(rows, ("none", "isonet_fast"), **workload)
         for provider, row in steps.items():
-            ends = [group(rows, (provider,), **{**problem, "mode": mode}) for mode in ("smallest", "largest")]
+            ends = [group(rows, (provider,), **{**workload, "mode": mode}) for mode in ("smallest", "largest")]
             if not all(ends):
                 continue
             smallest, largest = 1 - float(ends[0][provider]["error"]), 1 + float(ends[1][provider]["error"])
@@ -132,7 +131,7 @@ def peers(rows: list[Row], folder: Path) -> list[Path]:
             (line,) = axis.plot([added, added], [smallest, largest], "_-", markersize=10, linewidth=3)
             axis.annotate(provider, (added, largest), rotation=60, fontsize=7, color=line.get_color())
         axis.axhline(1.0, color="#8c8c8c", linewidth=0.8)
-        axis.set(title=problem["case"], xlabel="ms added to the step (1 % of it or less: at 1 %)", xscale="log")
+        axis.set(title=workload["case"], xlabel="ms added to the step (1 % of it or less: at 1 %)", xscale="log")
         axis.set(ylabel="singular values, smallest to largest")
         axis.margins(0.15, 0.35)
     figure.suptitle(rows[-1]["device"])

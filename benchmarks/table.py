@@ -46,10 +46,10 @@ def results_table(rows: list[Row]) -> str:
         shown += [("penalty and its gradient", c) for c in found[:1]]
     shown += [("SReLU, forward and backward", c) for c in cases(own, op="srelu", mode="forward+backward")[-1:]]
     body = []
-    for what, problem in shown:
-        if side := group(own, ("official", "isonet_fast"), **problem):
+    for what, workload in shown:
+        if side := group(own, ("official", "isonet_fast"), **workload):
             official, ours = ms(side["official"]), ms(side["isonet_fast"])
-            name = f"{what}: {problem['case']} {problem['dtype']}"
+            name = f"{what}: {workload['case']} {workload['dtype']}"
             body.append([name, f"{official:.4g}", f"{ours:.4g}", f"{official / ours:.2g}x"])
     device = devices[-1].removeprefix("cpu: ") if devices else "(not measured)"
     return markdown([f"ms on {device}", "official arithmetic", "isonet_fast", "faster"], body)
@@ -59,17 +59,17 @@ def step_table(rows: list[Row]) -> str:
     """Whole training steps: milliseconds, images per second, peak memory."""
     providers = ("official", "compile", "isonet_fast", "bare", "resnet")
     body = []
-    for problem in cases(rows, op="step"):
-        side = group(rows, ("official", "isonet_fast"), **problem)
+    for workload in cases(rows, op="step"):
+        side = group(rows, ("official", "isonet_fast"), **workload)
         if not side:
             continue
-        side = {**group(rows, ("compile",), **problem), **side}
-        batch = int(problem["case"].split()[2])
+        side = {**group(rows, ("compile",), **workload), **side}
+        batch = int(workload["case"].split()[2])
         times = [f"{ms(side[p]):.4g}" if p in side else "" for p in providers]
         ours, official = side["isonet_fast"], side["official"]
         memory = f"{int(ours['peak_bytes']) / 2**20:,.0f} / {int(official['peak_bytes']) / 2**20:,.0f}"
         rate = f"{1e3 * batch / ms(ours):,.0f} / {1e3 * batch / ms(official):,.0f}"
-        body.append([f"{problem['case']}, {problem['dtype']}", *times, rate, memory])
+        body.append([f"{workload['case']}, {workload['dtype']}", *times, rate, memory])
     head = ["step, ms", "official", "compiled", "ours", "bare", "ResNet, BatchNorm"]
     return markdown([*head, "images/s, ours / official", "peak MiB, ours / official"], body)
 
@@ -79,18 +79,18 @@ def penalty_table(rows: list[Row]) -> str:
     body = []
     shown = [c for c in cases(rows, op="orthogonality") if c["mode"] in ("loss+gradient graph", "loss+gradient")]
     for network in SHOWN:
-        for problem in (c for c in shown if c["case"] == network):
-            side = group(rows, ("official", "isonet_fast", "matmul"), **problem)
+        for workload in (c for c in shown if c["case"] == network):
+            side = group(rows, ("official", "isonet_fast", "matmul"), **workload)
             if not side:
                 continue
-            side = {**group(rows, ("compile",), **problem), **side}
+            side = {**group(rows, ("compile",), **workload), **side}
             ours, official = side["isonet_fast"], side["official"]
             times = [
                 f"{ms(side[p]):.4g}" if p in side else "" for p in ("official", "compile", "isonet_fast", "matmul")
             ]
             share = f"{float(ours['fraction_of_limit']):.0%}"
-            graph = "graph" if problem["mode"].endswith("graph") else ""
-            name = ", ".join(filter(None, (network, problem["layout"], graph)))
+            graph = "graph" if workload["mode"].endswith("graph") else ""
+            name = ", ".join(filter(None, (network, workload["layout"], graph)))
             body.append([name, *times, f"{ms(official) / ms(ours):.3g}x", share])
     head = ["penalty + gradient, ms", "official", "compiled", "ours", "one product of these FLOPs"]
     return markdown([*head, "official / ours", "share of the matrix rate"], body)
@@ -100,7 +100,7 @@ def host_table(rows: list[Row]) -> str:
     """The host's time of the penalty's calls; see bench_host.py."""
     modes = ("accumulate_grad_", "accumulate_grad_ moved", "loss", "gradient")
     body = []
-    for name in dict.fromkeys(problem["case"] for problem in cases(rows, op="orthogonality_host")):
+    for name in dict.fromkeys(workload["case"] for workload in cases(rows, op="orthogonality_host")):
         sides = [group(rows, ("isonet_fast",), op="orthogonality_host", mode=mode, case=name) for mode in modes]
         body.append([name, *(f"{1e3 * ms(side['isonet_fast']):.0f}" if side else "" for side in sides)])
     head = ["until the call returns, us", "`accumulate_grad_()`", "the same, gradients elsewhere"]
@@ -110,14 +110,14 @@ def host_table(rows: list[Row]) -> str:
 def srelu_table(rows: list[Row]) -> str:
     """SReLU and join, forward and backward, at the shapes of ISONet-50 and R-ISONet-50."""
     body = []
-    for problem in cases(rows, mode="forward+backward"):
-        side = group(rows, ("official", "isonet_fast", "copy"), **problem)
-        if "srelu" not in problem["op"] or not side:
+    for workload in cases(rows, mode="forward+backward"):
+        side = group(rows, ("official", "isonet_fast", "copy"), **workload)
+        if "srelu" not in workload["op"] or not side:
             continue
-        side = {**group(rows, ("compile",), **problem), **side}
+        side = {**group(rows, ("compile",), **workload), **side}
         ours = side["isonet_fast"]
         times = [f"{ms(side[p]):.4g}" if p in side else "" for p in ("official", "compile", "isonet_fast", "copy")]
-        name = f"{problem['op']} {problem['case']} {problem['dtype']} {problem['layout']}"
+        name = f"{workload['op']} {workload['case']} {workload['dtype']} {workload['layout']}"
         body.append(
             [name, *times, f"{ms(side['official']) / ms(ours):.3g}x", f"{float(ours['fraction_of_limit']):.0%}"]
         )
@@ -127,15 +127,15 @@ def srelu_table(rows: list[Row]) -> str:
 
 def peers_table(rows: list[Row]) -> str:
     """Ways of keeping a convolution orthogonal: what each adds to a step, and the singular values that it reaches."""
-    problems = cases(rows, op="peers", mode="step")
-    steps = [group(rows, ("none", "isonet_fast"), **problem) for problem in problems]
-    names = [problem["case"].partition(",")[0] for problem in problems]
+    workloads = cases(rows, op="peers", mode="step")
+    steps = [group(rows, ("none", "isonet_fast"), **workload) for workload in workloads]
+    names = [workload["case"].partition(",")[0] for workload in workloads]
     body = []
     for provider in dict.fromkeys(name for side in steps for name in side if name != "none"):
         added = [f"{ms(side[provider]) - ms(side['none']):.3g}" if provider in side else "" for side in steps]
         spans = []
-        for problem in problems:
-            ends = [group(rows, (provider,), **{**problem, "mode": mode}) for mode in ("smallest", "largest")]
+        for workload in workloads:
+            ends = [group(rows, (provider,), **{**workload, "mode": mode}) for mode in ("smallest", "largest")]
             low, high = (float(end[provider]["error"]) if end else 0.0 for end in ends)
             spans.append(f"{1 - low:.3f} to {1 + high:.3f}" if all(ends) else "")
         body.append([provider, *added, *spans])

@@ -46,9 +46,9 @@ def cases(rows: Iterable[Row], **where: str) -> list[dict[str, str]]:
 def ratios(rows: list[Row], over: str, under: str, where: Iterable[dict[str, str]]) -> dict[str, float]:
     """By case: time of `over` divided by time of `under`, both measured side by side."""
     found = {}
-    for problem in where:
-        if both := group(rows, (over, under), **problem):
-            found[problem["case"]] = ms(both[over]) / ms(both[under])
+    for workload in where:
+        if both := group(rows, (over, under), **workload):
+            found[workload["case"]] = ms(both[over]) / ms(both[under])
     return found
 
 
@@ -101,9 +101,9 @@ def _elementwise(rows: list[Row], large: bool = True) -> list[Row]:
 
 def _bandwidth(rows: list[Row]) -> Outcome | None:
     found = {}
-    for n, problem in enumerate(cases(_elementwise(rows))):
-        side = group(rows, ("isonet_fast",), **problem)
-        if side and problem["mode"] in ("forward", "backward") and side["isonet_fast"]["fraction_of_limit"]:
+    for n, workload in enumerate(cases(_elementwise(rows))):
+        side = group(rows, ("isonet_fast",), **workload)
+        if side and workload["mode"] in ("forward", "backward") and side["isonet_fast"]["fraction_of_limit"]:
             found[str(n)] = float(side["isonet_fast"]["fraction_of_limit"])
     return _spread(found, 0.9, "%")
 
@@ -143,16 +143,16 @@ def _share(rows: list[Row]) -> Outcome | None:
 
 def _memory(rows: list[Row]) -> Outcome | None:
     found = {}
-    for problem in _steps(rows):
-        if side := group(rows, ("official", "isonet_fast"), **problem):
-            found[problem["case"]] = int(side["isonet_fast"]["peak_bytes"]) / int(side["official"]["peak_bytes"])
+    for workload in _steps(rows):
+        if side := group(rows, ("official", "isonet_fast"), **workload):
+            found[workload["case"]] = int(side["isonet_fast"]["peak_bytes"]) / int(side["official"]["peak_bytes"])
     return _spread(found, 0.5, largest=True)
 
 
 def _cpu_srelu(rows: list[Row]) -> Outcome | None:
     reached, speedups, shares = True, {}, {}
-    for n, problem in enumerate(cases(_elementwise(rows, large=False), mode="forward+backward", op="srelu")):
-        if side := group(rows, ("official", "isonet_fast", "copy"), **problem):
+    for n, workload in enumerate(cases(_elementwise(rows, large=False), mode="forward+backward", op="srelu")):
+        if side := group(rows, ("official", "isonet_fast", "copy"), **workload):
             speedups[str(n)] = ms(side["official"]) / ms(side["isonet_fast"])
             shares[str(n)] = ms(side["copy"]) / ms(side["isonet_fast"])
             reached &= speedups[str(n)] >= 2 or shares[str(n)] >= 0.95
@@ -179,11 +179,11 @@ def _cpu_penalty(rows: list[Row]) -> Outcome | None:
 
 def _cpu_step(rows: list[Row]) -> Outcome | None:
     found = {}
-    for problem in cases(rows, op="step"):
-        side = group(rows, ("official", "isonet_fast", "bare"), **problem)
-        if side and problem["case"].startswith("cifar"):
+    for workload in cases(rows, op="step"):
+        side = group(rows, ("official", "isonet_fast", "bare"), **workload)
+        if side and workload["case"].startswith("cifar"):
             official, ours, bare = (ms(side[p]) for p in ("official", "isonet_fast", "bare"))
-            found[problem["case"]] = (official - ours) / (official - bare)
+            found[workload["case"]] = (official - ours) / (official - bare)
     return _spread(found, 0.8, "%")
 
 

@@ -150,7 +150,7 @@ def shrink(torch, folder):
     providers.build = lambda name: build(name if name.startswith("cifar") else "cifar8")
     providers.matmul_bound = lambda flops, *rest: bound(min(flops, 1e6), *rest)
     bench_srelu.activation_shapes = lambda network, kind, batch: [(batch, 16, 2, 2), (batch, 8, 1, 1)]
-    bench_srelu.Case.head = property(lambda case: case.shape[1] == 16)
+    bench_srelu.ActivationCase.head = property(lambda case: case.shape[1] == 16)
     bench_srelu.LARGE = 20_000  # bytes: of the cases, some are above it
     bench_orthogonality.NETWORKS = bench_orthogonality.NETWORKS[:2]
     run_all.GRACE = 4.0

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import clocks, harness, rows
-from benchmarks.harness import Contender, Problem, Session, error, interleave, parser, percentiles
+from benchmarks.harness import Contender, Session, Workload, error, interleave, parser, percentiles
 
-PROBLEM = Problem("op", "forward", "case", "float32", "nchw")
+WORKLOAD = Workload("op", "forward", "case", "float32", "nchw")
 
 
 class FakeTime:
@@ -89,7 +89,7 @@ def test_error_is_relative_to_each_reference():
 def test_rows_name_shares_of_the_bound_and_have_the_columns(session, fake):
     bound = Contender("copy", fake.call("copy", 2), bytes=8e6)
     ours = Contender("isonet_fast", fake.call("ours", 4), lambda: 0.5, calls=2, bytes=8e6, resident=100)
-    session.compare(PROBLEM, [bound, ours], tolerance=0.5, limit="copy")
+    session.compare(WORKLOAD, [bound, ours], tolerance=0.5, limit="copy")
     copy, fast = written(session)
     assert tuple(fast) == rows.COLUMNS
     assert copy["p50_ms"] == "2" and copy["fraction_of_limit"] == "1" and copy["error"] == ""
@@ -99,7 +99,7 @@ def test_rows_name_shares_of_the_bound_and_have_the_columns(session, fake):
 
 
 def test_flops_are_compared_with_a_rate_in_teraflops(session, fake):
-    session.compare(PROBLEM, [Contender("ours", fake.call("ours", 1), flops=1e9)], limit=4.0)
+    session.compare(WORKLOAD, [Contender("ours", fake.call("ours", 1), flops=1e9)], limit=4.0)
     assert written(session)[0]["fraction_of_limit"] == "0.25" and written(session)[0]["tflops"] == "1"
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_or_failing_provider_is_reported_and_not_timed(session, fake, ca
     good = Contender("good", fake.call("good", 1), lambda: 0.0)
     wrong = Contender("wrong", fake.call("wrong", 1), lambda: 0.2)
     nan = Contender("nan", fake.call("nan", 1), lambda: math.nan)
-    session.compare(PROBLEM, [wrong, nan, Contender("broken", fails), good], tolerance=0.1)
+    session.compare(WORKLOAD, [wrong, nan, Contender("broken", fails), good], tolerance=0.1)
     assert [row["provider"] for row in written(session)] == ["good"] and "wrong" not in fake.log
     told = capsys.readouterr().err
     assert "wrong: ArithmeticError: error 0.2" in told and "broken: RuntimeError: no such kernel\n" in told
@@ -128,15 +128,15 @@ def test_a_provider_that_fails_while_it_is_timed_leaves_the_others(session, fake
         return Contender("broken", fails)
 
     good = [Contender(name, fake.call(name, 1)) for name in ("first", "last")]
-    session.compare(PROBLEM, [good[0], broken(5), good[1]])
+    session.compare(WORKLOAD, [good[0], broken(5), good[1]])
     assert [row["provider"] for row in written(session)] == ["first", "last"]
     assert "broken: MemoryError: none left\n" in capsys.readouterr().err and session.finish() == 3
-    assert session.compare(PROBLEM, [broken(3)]) == {} and len(written(session)) == 2
+    assert session.compare(WORKLOAD, [broken(3)]) == {} and len(written(session)) == 2
 
 
 def test_nothing_is_started_after_the_budget(fake, capsys):
     session = Session("test", parser("").parse_args(["--dry-run", "--budget", "-1"]))
-    assert session.compare(PROBLEM, [Contender("a", fake.call("a", 1))]) == {}
+    assert session.compare(WORKLOAD, [Contender("a", fake.call("a", 1))]) == {}
     assert not fake.log and "left out, no time: op forward case" in capsys.readouterr().err
 
 
@@ -194,6 +194,6 @@ def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session,
     session._lacking = harness.lacking(session.device)
     for op in ("srelu", "orthogonality", "step"):
         contenders = [Contender(provider, lambda: None) for provider in ("official", "isonet_fast")]
-        timed = session.compare(Problem(op, "forward", "2", "float32"), contenders)
+        timed = session.compare(Workload(op, "forward", "2", "float32"), contenders)
         assert set(timed) == {"official"} if op in left_out else {"official", "isonet_fast"}
     assert session.failures == len(left_out)

@@ -139,7 +139,7 @@ def test_rounding_fails_nobody_at_a_scale():
     """The official arithmetic multiplies gradient and branch in bfloat16, and rounds the sum to it: up to 0.002 off,
     where the check allows 0.001."""
     for seed in range(4):
-        case = bench_srelu.Case("residual_srelu, scale", (64, 8, 4, 4), torch.bfloat16, "nchw")
+        case = bench_srelu.ActivationCase("residual_srelu, scale", (64, 8, 4, 4), torch.bfloat16, "nchw")
         inputs = bench_srelu.Inputs(case, torch.device("cpu"), seed)
         assert bench_srelu.check(providers.official_join, inputs, case.op) < 1e-5
 
@@ -164,7 +164,7 @@ def test_every_mode_of_a_small_tensor_is_one_launch(monkeypatch):
     monkeypatch.setattr(bench_srelu.providers, "official_srelu", counted)
     monkeypatch.setattr(bench_srelu, "check", lambda *arguments: 0.0)
     session = Session("srelu", parser("").parse_args(["--dry-run"]))
-    bench_srelu.run_case(session, bench_srelu.Case("srelu", (2, 5, 3, 4), torch.float32, "nchw"))
+    bench_srelu.run_case(session, bench_srelu.ActivationCase("srelu", (2, 5, 3, 4), torch.float32, "nchw"))
     assert made == [1] * 6  # two providers, three modes; the first call of each is the one that captures
     assert session.failures == 0
 
@@ -173,7 +173,7 @@ def test_warming_a_graph_up_does_not_count_as_a_wrong_gradient(monkeypatch):
     """A capture makes calls of its own, each of which adds to the gradients."""
     monkeypatch.setattr(clocks.Clock, "graph", lambda self, call: [call() for _ in range(3)] and call)
     session = Session("orthogonality", parser("").parse_args(["--dry-run"]))
-    bench_orthogonality.Case(session, "cifar8", providers.build("cifar8")).compare("loss+gradient graph")
+    bench_orthogonality.PenaltyBenchmark(session, "cifar8", providers.build("cifar8")).compare("loss+gradient graph")
     assert "isonet_fast" in {row["provider"] for row in rows.read(session.path.parent)}
     assert session.failures == 0
 
