@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
         _run_detection(args)
         return
     table = plan.table(args.number, args.scale)
-    rows, seeds = table.only(args.only), table.seeds if args.seeds is None else args.seeds
+    rows, seeds = plan.only(args.only, table.rows, table.number), table.seeds if args.seeds is None else args.seeds
     _check_seeds(seeds)
     settings = [*launch.data(args), *args.set]
     if args.dry_run:
@@ -43,7 +43,7 @@ def _run_detection(args: argparse.Namespace) -> None:
     if args.dry_run:
         for row in rows:
             print(f"# table 6: {row.name}")
-            print(yaml.safe_dump(row.config(0, settings).as_dict(), sort_keys=False, default_flow_style=None))
+            print(yaml.safe_dump(row.config(0, None, settings).as_dict(), sort_keys=False, default_flow_style=None))
         return
     _expect_matplotlib()
     folder = args.output or Path("runs") / f"table6-{args.scale}"
@@ -68,7 +68,7 @@ def _expect_matplotlib() -> None:
         raise ModuleNotFoundError("a table is drawn with matplotlib: pip install 'isonet_fast[demo]'") from error
 
 
-def _show(table: plan.Table, rows: tuple[plan.Row, ...], settings: list[str]) -> None:
+def _show(table: plan.Table, rows: tuple[plan.TableRow, ...], settings: list[str]) -> None:
     """The configuration of each row, at each of its learning rates."""
     for row in rows:
         for lr in table.rates:

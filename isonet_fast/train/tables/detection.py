@@ -10,12 +10,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .. import config, plain_yaml
+from .. import plain_yaml
 from ..detection import shapes
 from ..detection.config import DetectionConfig
 from ..detection.evaluation import COLUMNS as AP
@@ -23,7 +22,9 @@ from ..distributed import Processes
 from ..divergence import Diverged
 from ..saving import checkpoint
 from ..saving.files import discard, disk_errors_naming, replacing, temporary_beside
+from . import plan
 from .making import POLL
+from .plan import TableRow
 from .running import RESULT, commit, taken
 
 SCALES = ("small", "imagenet")
@@ -32,31 +33,11 @@ COLUMNS = ("row", "published_box_AP", "published_mask_AP", *MEASURES, "box_devia
 COLUMNS += ("seeds", "diverged", "seconds", "commit")
 
 
-@dataclass(frozen=True)
-class Row:
-    name: str
-    preset: str
-    settings: tuple[str, ...]
-
-    @property
-    def folder(self) -> str:
-        return self.name.lower().replace(",", "").replace(" ", "-")
-
-    def config(self, seed: int, more: Sequence[str] = ()) -> DetectionConfig:
-        return config.load_as(DetectionConfig, self.preset, [*self.settings, f"seed={seed}", *more])
-
-
-def rows(scale: str, only: str | None = None) -> list[Row]:
+def rows(scale: str, only: str | None = None) -> tuple[TableRow, ...]:
     """Of one scale; ValueError for another scale, and for a row that is none."""
     if scale not in SCALES:
         raise ValueError(f"table 6 has the scales {' and '.join(SCALES)} (which is COCO), got {scale}")
-    found = [_row(one) for one in _read()[scale]]
-    chosen = [row for row in found if only is None or row.name.lower() == only.lower()]
-    if not chosen:
-        raise ValueError(
-            f"--only must be a row of table 6 at this scale ({'; '.join(r.name for r in found)}), got {only!r}"
-        )
-    return chosen
+    return plan.only(only, [_row(one) for one in _read()[scale]], 6)
 
 
 def _read() -> Any:
@@ -64,8 +45,8 @@ def _read() -> Any:
     return plain_yaml.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def _row(one: dict[str, Any]) -> Row:
-    return Row(one["name"], one["preset"], tuple(f"{k}={json.dumps(v)}" for k, v in one.get("set", {}).items()))
+def _row(one: dict[str, Any]) -> TableRow:
+    return TableRow(one["name"], one["preset"], plan.words(one.get("set", {})), kind=DetectionConfig)
 
 
 def generated(folder: Path, processes: Processes) -> list[str]:
@@ -145,7 +126,7 @@ def complete(
             for seed in range(seeds):
                 run = n * seeds + seed + 1
                 processes.say(f"table 6, run {run} of {len(chosen) * seeds}: {row.name}, seed {seed}")
-                settled, own = row.config(seed, settings), folder / row.folder / f"seed-{seed}"
+                settled, own = row.config(seed, None, settings), folder / row.folder / f"seed-{seed}"
                 complete &= make(settled, own, processes) is not None
             processes.from_main(lambda: _write(scale, seeds, folder))
         if complete:

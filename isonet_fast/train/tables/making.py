@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..distributed import Processes
 from . import running, writing
-from .plan import Row, Table
+from .plan import Table, TableRow
 from .running import Result
 
 POLL = 5.0  # seconds between two looks at the runs of other processes
@@ -29,7 +29,7 @@ class Making:
     settings: Sequence[str]
     processes: Processes
 
-    def complete(self, rows: Sequence[Row]) -> None:
+    def complete(self, rows: Sequence[TableRow]) -> None:
         """Make what is missing of these rows, and write the table; of its other rows what is there already."""
         total = len(rows) * (len(self.table.rates) + self.seeds - 1)
         while True:
@@ -39,7 +39,7 @@ class Making:
             time.sleep(POLL)
         self.processes.from_main(lambda: writing.picture(self.table, self._write(), self.folder))
 
-    def _row(self, row: Row, before: int, total: int) -> bool:
+    def _row(self, row: TableRow, before: int, total: int) -> bool:
         """Whether every run of the row has a result now."""
         found = []
         for n, lr in enumerate(self.table.rates):
@@ -54,13 +54,13 @@ class Making:
         self.processes.from_main(self._write)
         return complete
 
-    def _run(self, row: Row, lr: float | None, seed: int, where: str) -> Result | None:
+    def _run(self, row: TableRow, lr: float | None, seed: int, where: str) -> Result | None:
         settled, folder = row.config(seed, lr, self.settings), self._folder(row, lr, seed)
         rate = f", learning rate {settled.optimizer.lr:g}"
         self.processes.say(f"table {self.table.number}, {where}: {row.name}{rate}, seed {seed}")
         return running.make(settled, folder, self.processes)
 
-    def _folder(self, row: Row, lr: float | None, seed: int) -> Path:
+    def _folder(self, row: TableRow, lr: float | None, seed: int) -> Path:
         return self.folder / row.folder / (f"seed-{seed}" if lr is None else f"lr-{lr:g}-seed-{seed}")
 
     def _write(self) -> list[dict[str, str]]:
@@ -68,14 +68,14 @@ class Making:
         writing.files(self.table, lines, self.folder)
         return lines
 
-    def _line(self, row: Row) -> dict[str, str]:
+    def _line(self, row: TableRow) -> dict[str, str]:
         first = {lr: result for lr in self.table.rates if (result := self._read(row, lr, 0)) is not None}
         lr = best(first)
         seeds = [self._read(row, lr, seed) for seed in range(self.seeds)] if first else []
         used = row.config(0, lr, self.settings).optimizer.lr
         return writing.line(self.table, row, first, used, [result for result in seeds if result is not None])
 
-    def _read(self, row: Row, lr: float | None, seed: int) -> Result | None:
+    def _read(self, row: TableRow, lr: float | None, seed: int) -> Result | None:
         return running.read(row.config(seed, lr, self.settings), self._folder(row, lr, seed))
 
 

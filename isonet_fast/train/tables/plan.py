@@ -16,23 +16,38 @@ SCALES = ("small", "cifar", "imagenet")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One network and how it is trained: a preset, and `KEY=VALUE` settings that go over it."""
 
     name: str
     preset: str
     settings: tuple[str, ...]
-    published: float | None  # top-1, at the scale "imagenet" alone
+    published: float | None = None  # top-1, at the scale "imagenet" alone
+    kind: Any = Config  # the dataclass of its configuration
 
     @property
     def folder(self) -> str:
         """A name for its directory."""
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("= -", "=minus ")).strip("-")
 
-    def config(self, seed: int, lr: float | None, more: Sequence[str] = ()) -> Config:
+    def config(self, seed: int, lr: float | None, more: Sequence[str] = ()) -> Any:
         """lr: None for the preset's own. `more` goes over everything."""
         rate = [] if lr is None else [f"optimizer.lr={lr!r}"]
-        return config.load(self.preset, [*self.settings, *rate, f"seed={seed}", *more])
+        return config.load_as(self.kind, self.preset, [*self.settings, *rate, f"seed={seed}", *more])
+
+
+def words(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Settings as `KEY=VALUE`."""
+    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def only(name: str | None, rows: Sequence[TableRow], number: int) -> tuple[TableRow, ...]:
+    """The row of that name in table `number`, or all; ValueError for a name that is none."""
+    chosen = tuple(row for row in rows if name is None or row.name.lower() == name.lower())
+    if not chosen:
+        known = "; ".join(row.name for row in rows)
+        raise ValueError(f"--only must be a row of table {number} at this scale ({known}), got {name!r}")
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -42,21 +57,13 @@ class Table:
     number: int
     scale: str
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     learning_rates: tuple[float, ...]
     seeds: int
 
     @property
     def rates(self) -> tuple[float | None, ...]:
         return self.learning_rates or (None,)
-
-    def only(self, name: str | None) -> tuple[Row, ...]:
-        """The row of that name, or all; ValueError for a name that is none."""
-        rows = tuple(row for row in self.rows if name is None or row.name.lower() == name.lower())
-        if not rows:
-            known = "; ".join(row.name for row in self.rows)
-            raise ValueError(f"--only must be a row of table {self.number} at this scale ({known}), got {name!r}")
-        return rows
 
 
 def numbers() -> list[int]:
@@ -89,10 +96,10 @@ def _read() -> Any:
     return plain_yaml.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def _row(row: dict[str, Any], preset: str, settings: dict[str, Any], depth: int | None, n: int) -> Row:
+def _row(row: dict[str, Any], preset: str, settings: dict[str, Any], depth: int | None, n: int) -> TableRow:
     joined = {**settings, **row.get("set", {})}
-    words = tuple(f"{key}={json.dumps(value)}" for key, value in joined.items())
     published = row.get("published")
     if depth is None:
-        return Row(row["name"], preset, words, published)
-    return Row(f"{row['name']}, {depth} layers", preset.format(depth=depth), words, published and published[n])
+        return TableRow(row["name"], preset, words(joined), published)
+    name = f"{row['name']}, {depth} layers"
+    return TableRow(name, preset.format(depth=depth), words(joined), published and published[n])

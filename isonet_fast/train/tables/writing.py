@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..saving.files import disk_errors_naming, replacing
-from .plan import Row, Table
+from .plan import Table, TableRow
 from .running import Result
 
 COLUMNS = (
@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 def line(
-    table: Table, row: Row, first: dict[float | None, Result], lr: float, seeds: Sequence[Result]
+    table: Table, row: TableRow, first: dict[float | None, Result], lr: float, seeds: Sequence[Result]
 ) -> dict[str, str]:
     """A line of the CSV file. first: of the first seed by learning rate; seeds: of all seeds at the best one, `lr`."""
     values = dict.fromkeys(COLUMNS, "")
