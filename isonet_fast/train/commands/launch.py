@@ -38,7 +38,7 @@ class Kind:
 
     config: Any  # the dataclass of its configuration
     run: type[Run]
-    rules: Mapping[str, resuming.Rule]
+    rules: Mapping[str, resuming.ChangeRule]
 
     def load(self, *args: Any) -> Any:
         return config.load_as(self.config, *args)

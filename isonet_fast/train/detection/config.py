@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..config import Checkpoint, Model, Optimizer, Penalty, check
 from ..saving import resuming
-from ..saving.resuming import Rule
+from ..saving.resuming import ChangeRule
 
 
 @dataclass
@@ -74,11 +74,11 @@ class DetectionConfig:
 
 _WEIGHTS = resuming.RULES["model.name"]
 _RECIPE = resuming.RULES["optimizer.lr"]
-_INITIAL = Rule(False, "it was read when the run began")
+_INITIAL = ChangeRule(False, "it was read when the run began")
 _HERE = {
     "detector.masks": _WEIGHTS,
     "detector.weights_backbone": _INITIAL,
-    "detector.trainable_backbone_layers": Rule(False, "the optimizer in the checkpoint has the others' momentum"),
+    "detector.trainable_backbone_layers": ChangeRule(False, "the optimizer in the checkpoint has the others' momentum"),
     "detector.norm": _WEIGHTS,
     "detector.channels": _WEIGHTS,
     "detector.min_size": _RECIPE,

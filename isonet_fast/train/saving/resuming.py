@@ -6,23 +6,25 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
-class Rule(NamedTuple):
+class ChangeRule(NamedTuple):
     """effective: a new value takes effect from the next step on; otherwise it is refused."""
 
     effective: bool
     why: str
 
 
-_WEIGHTS = Rule(False, "the weights in the checkpoint are of that network")
-_START = Rule(False, "it says how a network starts, and that one has started")
-_RECIPE = Rule(True, "read at each step or epoch, and nothing in the checkpoint depends on it")
-_STEP = Rule(True, "images are counted, not batches, so the epoch goes on with the image that is next")
-_MACHINE = Rule(True, "weights and momentum are stored in float32, whatever computes with them")
-_DATA = Rule(True, "the network takes every size; classes, channels and within an epoch the number of images must stay")
+_WEIGHTS = ChangeRule(False, "the weights in the checkpoint are of that network")
+_START = ChangeRule(False, "it says how a network starts, and that one has started")
+_RECIPE = ChangeRule(True, "read at each step or epoch, and nothing in the checkpoint depends on it")
+_STEP = ChangeRule(True, "images are counted, not batches, so the epoch goes on with the image that is next")
+_MACHINE = ChangeRule(True, "weights and momentum are stored in float32, whatever computes with them")
+_DATA = ChangeRule(
+    True, "the network takes every size; classes, channels and within an epoch the number of images must stay"
+)
 
 RULES = {
     "model.name": _WEIGHTS,
-    "model.dropout": Rule(True, "dropout has no weights"),
+    "model.dropout": ChangeRule(True, "dropout has no weights"),
     "model.depth": _WEIGHTS,
     "model.residual": _WEIGHTS,
     "model.width": _WEIGHTS,
@@ -58,12 +60,12 @@ RULES = {
     "precision": _MACHINE,
     "channels_last": _MACHINE,
     "compile": _MACHINE,
-    "seed": Rule(False, "the order of the data, their augmentation and dropout follow from it"),
+    "seed": ChangeRule(False, "the order of the data, their augmentation and dropout follow from it"),
     "device": _MACHINE,
 }
 
 
-def changes(former: Any, now: Any, rules: Mapping[str, Rule] = RULES) -> list[str]:
+def changes(former: Any, now: Any, rules: Mapping[str, ChangeRule] = RULES) -> list[str]:
     """What differs, as "optimizer.lr 0.01 -> 0.02"; ValueError that names the keys that must not."""
     old, new = flat(former.as_dict()), flat(now.as_dict())
     differing = [key for key in new if new[key] != old[key]]
