@@ -156,7 +156,7 @@ def test_not_a_module() -> None:
         convert([nn.Conv2d(1, 1, 1)])  # type: ignore[arg-type]
 
 
-def test_torchvision_resnet() -> None:
+def test_a_converted_torchvision_resnet_computes_the_same() -> None:
     resnet18 = import_torchvision().models.resnet18
     torch.manual_seed(0)
     model = resnet18().eval()

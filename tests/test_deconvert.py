@@ -91,7 +91,7 @@ print("loaded")
     assert done.stdout == "loaded\n", done.stderr
 
 
-def test_scripts():
+def test_a_deconverted_network_can_be_scripted():
     net = generic(isonet_cifar(8, True, width=4)).eval()
     x = torch.randn(2, 3, 9, 8, dtype=DOUBLE)
     expected = net(x)

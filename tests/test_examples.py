@@ -42,7 +42,7 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SAYS))
-def test_example(name: str) -> None:
+def test_an_example_runs_and_says_what_it_should(name: str) -> None:
     for package in ["sklearn", *NEEDS.get(name, [])]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")

@@ -75,7 +75,7 @@ def test_all_names_everything_public_and_nothing_else():
     assert not {"torch", "require_torch"} & set(vars(isonet_fast))
 
 
-def test_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own-network.md"])
-def test_python_runs(page, capsys):
+def test_the_python_of_a_page_runs(page, capsys):
     """Each block continues those above it."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

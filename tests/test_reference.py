@@ -166,7 +166,7 @@ def test_penalty_is_twice_differentiable():
         assert torch.autograd.gradgradcheck(f, weight)
 
 
-def test_srelu_gradients():
+def test_srelu_and_join_are_twice_differentiable():
     x = torch.randn(3, 4, 5, dtype=DOUBLE, requires_grad=True)
     bias = torch.randn(1, 4, 1, 1, dtype=DOUBLE, requires_grad=True)
     branch = torch.randn_like(x, requires_grad=True)

@@ -37,7 +37,7 @@ def test_is_the_sum_of_coeff_times_the_reference(form, dtype, penalty, device):
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
-def test_precision_highest(dtype, device):
+def test_highest_precision_agrees_with_the_reference(dtype, device):
     net = network(dtype).to(device)
     expected, expected_grads, _ = by_reference(net)
     value = OrthoRegularizer(net, precision="highest").accumulate_grad_()
@@ -115,7 +115,7 @@ def test_frozen_layers_count_but_receive_no_gradient(form):
 
 
 @both_forms
-def test_everything_frozen(form):
+def test_a_frozen_network_gets_the_value_and_no_gradients(form):
     net = network().requires_grad_(False)
     expected, *_ = by_reference(net)
     reg = OrthoRegularizer(net)

@@ -96,7 +96,7 @@ def test_calls_under_no_grad_do_not_count_for_the_interval():
 
 
 @pytest.mark.parametrize("form", ["reg() on every micro-batch", "reg() on one, undivided", "accumulate_grad_()"])
-def test_gradient_accumulation(form):
+def test_gradient_accumulation_counts_the_penalty_once(form):
     """A framework divides every micro-batch's loss by their number (as Accelerate and Lightning do), so reg() belongs
     to every one. Where the loss of one is not divided, reg() on that one does; accumulate_grad_() always, once."""
     steps, batches = 2, torch.randn(4, 2, 4, 9, 9, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)

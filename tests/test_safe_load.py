@@ -45,7 +45,7 @@ def test_random_bytes_are_named_too(seed: int, tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-def test_plain_names() -> None:
+def test_a_prefix_is_taken_off_where_every_name_has_it() -> None:
     """A prefix goes only where every name has it."""
     assert plain_names(["module._orig_mod.a", "module.b._orig_mod.c"]) == {
         "module._orig_mod.a": "a",

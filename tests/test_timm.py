@@ -99,7 +99,7 @@ def test_configuration_and_classifier(name):
 
 @every_network
 @pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter"])
-def test_features_only(name, feature_cls):
+def test_features_only_returns_every_stage(name, feature_cls):
     model, x = on_meta(name, features_only=True, feature_cls=feature_cls)
     found = model(x)
     found = list(found.values()) if isinstance(found, dict) else found
@@ -125,7 +125,7 @@ def test_chosen_features_are_those_of_the_network(feature_cls):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
-def test_intermediates():
+def test_intermediates_are_the_features():
     net = generic(timm.create_model("isonet18"))
     x = torch.randn(1, 3, 32, 32, dtype=DOUBLE)
     every = list(net.features(x).values())
@@ -172,7 +172,7 @@ def test_traces_with_fx(name):
     assert all(p.grad is not None for p in traced.parameters())
 
 
-def test_scriptable():
+def test_scriptable_networks_can_be_scripted():
     arguments = dict(depth=8, residual=True, width=4)
     with timm.layers.set_scriptable(True):
         model = timm.create_model("isonet_cifar", **arguments)
@@ -224,7 +224,7 @@ def test_the_penalty_covers_the_same_layers():
     assert "stem.conv" in excluded and not any(name.startswith("s") for name in excluded - {"stem.conv"})
 
 
-def test_errors():
+def test_errors_name_the_argument():
     net = timm.create_model("isonet_cifar", depth=8, width=4)
     for call, error, message in (
         (lambda: net.reset_classifier(5, ""), ValueError, 'global_pool="" needs num_classes=0, got 5'),

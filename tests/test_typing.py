@@ -50,7 +50,7 @@ def test_the_types_name_every_penalty() -> None:
 
 
 @needs_mypy
-def test_mypy(tmp_path, pytestconfig) -> None:
+def test_mypy_accepts_right_calls_and_refuses_wrong_ones(tmp_path, pytestconfig) -> None:
     cache = pytestconfig.cache.mkdir("mypy")
     command = ["-m", "mypy", "--strict", "--config-file=", "--cache-dir", cache, RIGHT, WRONG]
     printed = run(tmp_path, sys.executable, *command)
@@ -61,7 +61,7 @@ def test_mypy(tmp_path, pytestconfig) -> None:
 
 
 @needs_pyright
-def test_pyright(tmp_path) -> None:
+def test_pyright_accepts_right_calls_and_refuses_wrong_ones(tmp_path) -> None:
     (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
     for file in (RIGHT, WRONG):
         shutil.copy(file, tmp_path)

@@ -50,7 +50,7 @@ def stored():
         ("bench_peers", [], {"none", "official", "isonet_fast", "OCNN kernel", "OCNN convolution", "torch orthogonal"}),
     ],
 )
-def test_dry_run(script, options, expected):
+def test_a_dry_run_times_every_provider_and_keeps_no_rows(script, options, expected):
     before = stored()
     session = importlib.import_module(f"benchmarks.{script}").main(["--dry-run", *options])
     assert session.finish() == 0 and session.skipped == 0

@@ -49,7 +49,7 @@ def on_gpu(slow=1.0):
 
 
 @pytest.mark.parametrize(("slow", "reached"), [(1.0, True), (5.0, False)])
-def test_gpu_targets(slow, reached):
+def test_gpu_targets_are_reached_or_missed(slow, reached):
     outcomes = [(t.what, o) for t, o in targets.evaluate(on_gpu(slow)) if t.device == "GPU"]
     assert len(outcomes) == 14
     for what, outcome in outcomes:
@@ -57,7 +57,7 @@ def test_gpu_targets(slow, reached):
 
 
 @pytest.mark.parametrize(("ours", "reached"), [(10.0, True), (100.0, False)])
-def test_cpu_targets(ours, reached):
+def test_cpu_targets_are_reached_or_missed(ours, reached):
     found = measured("srelu", "forward+backward", "2x3x4x4", "float32", official=25, isonet_fast=ours, copy=5)
     found += measured("orthogonality", "loss+gradient", "cifar32", "float32", official=25, isonet_fast=ours, matmul=1)
     found += measured("step", "training", "cifar32 batch 32 32x32", "float32", official=30, isonet_fast=ours, bare=5)
@@ -92,7 +92,7 @@ def test_tables_are_made_between_markers_and_nothing_else_changes():
 
 
 @pytest.mark.parametrize("name", table.TABLES)
-def test_every_table(name):
+def test_every_table_is_made_with_and_without_measurements(name):
     made = table.render(f"<!-- benchmark:{name} -->\n<!-- /benchmark -->", on_gpu())
     body = made.splitlines()
     assert {line.count("|") for line in body if line.startswith("|")} != {0}

@@ -42,7 +42,9 @@ def pretend(folder: pathlib.Path, capability: str, driver: str) -> dict[str, str
         ("9.0", "80-real;90a", "80-real;90a"),
     ],
 )
-def test_architectures(tmp_path: pathlib.Path, capability: str, asked: str, chosen: str) -> None:
+def test_kernels_are_built_for_the_gpu_here_unless_others_are_asked_for(
+    tmp_path: pathlib.Path, capability: str, asked: str, chosen: str
+) -> None:
     assert configured(tmp_path, capability, "580.65.06", asked)[0] == chosen
 
 

@@ -47,7 +47,7 @@ def channel_dims(x: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_srelu(device: torch.device, shape: tuple, layout: str) -> None:
+def test_srelu_and_its_gradients_are_those_of_the_formula(device: torch.device, shape: tuple, layout: str) -> None:
     for dtype, master in itertools.product(DTYPES, (False, True)):
         values, bias = activations(shape, dtype, device, torch.float32 if master else dtype)
         x = LAYOUTS[layout](values)
@@ -71,7 +71,7 @@ def test_srelu(device: torch.device, shape: tuple, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_residual_srelu(device: torch.device, shape: tuple, layout: str) -> None:
+def test_the_join_and_its_gradients_are_those_of_the_formula(device: torch.device, shape: tuple, layout: str) -> None:
     for dtype, master in itertools.product(DTYPES, (False, True)):
         parameters = torch.float32 if master else dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -111,7 +111,7 @@ def test_residual_srelu(device: torch.device, shape: tuple, layout: str) -> None
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
-def test_no_elements(device: torch.device, shape: tuple) -> None:
+def test_without_elements_the_gradients_of_the_parameters_are_zero(device: torch.device, shape: tuple) -> None:
     for dtype in DTYPES:
         x, bias = activations(shape, dtype, device)
         scale = torch.ones((), dtype=dtype, device=device)
@@ -184,7 +184,7 @@ def test_long_sums_stay_accurate(device: torch.device) -> None:
             assert abs(grad_bias[0].item() / wanted - 1) < 1e-6, (dtype, layout)
 
 
-def test_wrong_arguments(device: torch.device) -> None:
+def test_wrong_arguments_are_refused(device: torch.device) -> None:
     x, bias = torch.zeros(2, 3, 4, device=device), torch.zeros(3, device=device)
     with pytest.raises(RuntimeError, match="bias must have one value per channel, C = 3"):
         ops.srelu(x, torch.zeros(4, device=device))

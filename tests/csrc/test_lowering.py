@@ -11,7 +11,7 @@ TOOL = pathlib.Path(__file__).resolve().parents[2] / "tools" / "lower_cuda.py"
 
 
 @pytest.mark.parametrize("arch", [90, 120])
-def test_gates(arch: int) -> None:
+def test_every_kernel_passes_the_gates(arch: int) -> None:
     """What the targets are measured on, and the architecture that spills first; `make kernels` compiles for all."""
     spec = importlib.util.spec_from_file_location("lower_cuda", TOOL)
     assert spec is not None and spec.loader is not None

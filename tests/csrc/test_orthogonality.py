@@ -78,7 +78,7 @@ def test_every_layout_of_the_weight():
             check(weight, 2, 1, 2, "isonet", message=name)
 
 
-def test_every_tail():
+def test_every_tail_of_rows_and_columns_is_right():
     """Rows and columns around whole vectors of 8, pairs of vectors, and tiles of 6 rows."""
     for outputs in range(1, 20):
         for inputs in (1, 2, 3, 5, 13, outputs, outputs + 1):
@@ -195,7 +195,7 @@ def test_opcheck():
     opcheck(ops.orthogonality_small_.default, arguments_of_the_op(), test_utils=checks)
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     weights, grads, plan, scale, add = arguments_of_the_op()
     call = ops.orthogonality_small_
     for message, arguments in {

@@ -19,7 +19,7 @@ def emulator(emulator_build: pathlib.Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("extent", EXTENTS, ids=str)
-def test_launchers(emulator: ModuleType, extent: tuple) -> None:
+def test_kernels_agree_with_numpy_in_every_order_of_threads(emulator: ModuleType, extent: tuple) -> None:
     """Against numpy in four orders of threads, with the bytes of every launch counted; see emulator_checks.check."""
     mine = [case for case in checks.cases() if case[0] == extent]
     assert len(mine) >= len(DTYPES)
@@ -27,7 +27,7 @@ def test_launchers(emulator: ModuleType, extent: tuple) -> None:
         checks.check(emulator, case)
 
 
-def test_address_sanitizer(emulator_build: pathlib.Path) -> None:
+def test_no_access_is_outside_its_memory(emulator_build: pathlib.Path) -> None:
     """The same under AddressSanitizer: no access outside a tensor, the workspace or shared memory."""
     done = run_checks(emulator_build / "emulator_asan.so")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

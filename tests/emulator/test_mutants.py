@@ -72,26 +72,26 @@ def run(module: pathlib.Path, planted: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_nothing_planted(mutants: pathlib.Path) -> None:
+def test_with_nothing_planted_the_checks_pass(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "nothing")
     assert code == 0 and "passed" in output, output[-4000:]
 
 
-def test_missing_barrier(mutants: pathlib.Path) -> None:
+def test_a_missing_barrier_is_caught(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "missing_barrier")
     assert code != 0 and "grad_bias" in output and "AssertionError" in output, output[-4000:]
 
 
-def test_off_by_one(mutants: pathlib.Path) -> None:
+def test_an_access_off_by_one_is_caught(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "off_by_one")
     assert code != 0 and "AddressSanitizer: heap-buffer-overflow" in output, output[-4000:]
 
 
-def test_missing_wait(mutants: pathlib.Path) -> None:
+def test_a_missing_wait_is_caught(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "missing_wait")
     assert code != 0 and "before the kernel that writes them is awaited" in output, output[-4000:]
 
 
-def test_divergent_barrier(mutants: pathlib.Path) -> None:
+def test_a_divergent_barrier_is_caught(mutants: pathlib.Path) -> None:
     code, output = run(mutants, "divergent_barrier")
     assert code != 0 and "deadlock" in output, output[-4000:]

@@ -33,7 +33,7 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def test_no_synchronisation(weights):
+def test_the_host_never_waits_for_the_gpu(weights):
     gradient(weights)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -42,7 +42,7 @@ def test_no_synchronisation(weights):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_side_stream(weights):
+def test_every_stream_gives_the_same_bits(weights):
     """The tables were sent on another stream, and what is read here is written on this one."""
     expected = gradient(weights)
     torch.cuda.synchronize()

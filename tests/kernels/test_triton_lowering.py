@@ -23,7 +23,7 @@ CASES += [(120, c) for c in lower_triton.cases(120) if c.name == "grad 64x64 acc
 
 
 @pytest.mark.parametrize("arch, case", CASES, ids=[f"sm_{arch} {case.name}" for arch, case in CASES])
-def test_gates(arch, case):
+def test_every_kernel_passes_the_gates(arch, case):
     row, failures = lower_triton.inspect(case, arch)
     assert not failures, (row, failures)
 

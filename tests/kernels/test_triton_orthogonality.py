@@ -127,7 +127,7 @@ def check(layers, weights, precision=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matches_reference(name, device):
+def test_loss_and_gradients_match_the_reference(name, device):
     assert max(check(*make(CASES[name], device))) <= LOSS[None]
 
 
@@ -145,12 +145,12 @@ def test_both_ways_of_loading(name, variant, device):
 
 
 @pytest.mark.parametrize("name", ["2x2", "matrix", "1x3"])
-def test_highest_precision(name, device):
+def test_highest_precision_matches_the_reference(name, device):
     assert max(check(*make(CASES[name], device), precision="highest")) <= LOSS["highest"]
 
 
 @pytest.mark.parametrize("name", ["1x3", "3-d", "matrix"])
-def test_channels_last(name, device):
+def test_channels_last_weights_match_the_reference(name, device):
     assert max(check(*make(CASES[name], device, layout=torch.channels_last))) <= LOSS[None]
 
 
@@ -220,12 +220,12 @@ def test_half_precision_weights(dtype, device):
     assert max(check(*make(CASES["3x3"][:2], device, dtype=dtype))) <= LOSS[None]
 
 
-def test_mixed_dtypes(device):
+def test_weights_of_mixed_dtypes_match_the_reference(device):
     layers, weights = make(CASES["1-d"], device)
     check(layers, [weights[0].bfloat16(), weights[1], weights[2].half()])
 
 
-def test_any_strides(device):
+def test_weights_of_any_strides_match_the_reference(device):
     layers, _ = make([((12, 8, 3, 1), 1, 1, 1, "isonet"), ((12, 4, 3), 1, 1, 2, "matrix")], device)
     sliced = torch.randn(24, 16, 6, 1, device=device)[::2, ::2, ::2] / 5
     check(layers, [sliced, torch.randn(3, 4, 12, device=device).permute(2, 1, 0) / 4])

@@ -63,7 +63,7 @@ ONNX = {
 
 @pytest.mark.parametrize("name", ONNX)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_onnx(name, tmp_path):
+def test_onnxruntime_gives_the_logits(name, tmp_path):
     """onnxruntime gives the logits, for batches of any size; the graph holds operators of ONNX itself."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
@@ -84,7 +84,7 @@ def test_onnx(name, tmp_path):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_jit_trace(residual):
+def test_a_traced_network_holds_standard_operators_only(residual):
     """With PyTorch's own check of the trace; batches of another size too."""
     net = network(residual)
     traced = torch.jit.trace(net, IMAGES)
@@ -118,7 +118,7 @@ def test_symbolic_trace_keeps_the_fast_functions(residual):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_aotinductor(tmp_path):
+def test_aotinductor_compiles_for_batches_of_any_size(tmp_path):
     """Compiled in one file, for batches of any size, that runs without this package."""
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("AOTInductor needs a C++ compiler")
@@ -167,7 +167,7 @@ def test_quantised_after_export(residual, dynamic):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
-def test_quantised_dynamically():
+def test_dynamic_quantisation_keeps_the_logits():
     net = network()
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear})
     expected = net(IMAGES)

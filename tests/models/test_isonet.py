@@ -35,7 +35,7 @@ def generic(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_constructor_arguments() -> None:
+def test_constructor_arguments_are_used_or_refused() -> None:
     model = models.isonet18(num_classes=7, in_channels=1, dropout=0.25)
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
     assert model.head.dropout.p == 0.25
@@ -49,7 +49,7 @@ def test_constructor_arguments() -> None:
         models.isonet18(dropout=1.0)
 
 
-def test_initialisation() -> None:
+def test_networks_start_as_deltas_with_closed_branches() -> None:
     """A delta everywhere but in the stem; biases -1; the residual branches closed."""
     model = models.risonet18()
     stem = model.stem.conv.weight
@@ -124,7 +124,9 @@ def test_gradients_at_zero_scale() -> None:
     assert grads[0]["s1.b1.f.b.weight"].abs().max() == 0 < grads[0]["s1.b1.f.shared_scalar.scale"].abs().item()
 
 
-def test_channels_last(small: nn.Module, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last_is_kept_throughout_and_exact(
+    small: nn.Module, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As exact as plain PyTorch in this format; no layer falls back to NCHW on the way.
 
     Not compared with NCHW: there cuDNN may take Winograd's form, whose float32 rounding is another.
@@ -145,7 +147,7 @@ def test_channels_last(small: nn.Module, device: torch.device, monkeypatch: pyte
     assert error <= 2 * allowed + 1e-6 * expected.abs().max().item()
 
 
-def test_autocast(small: nn.Module, device: torch.device) -> None:
+def test_autocast_gives_bfloat16_activations_and_float32_gradients(small: nn.Module, device: torch.device) -> None:
     """bf16 activations throughout, float32 gradients, logits within bf16's reach of float32."""
     small = copy.deepcopy(small).to(device).eval()
     x = torch.randn(2, 3, 32, 40, device=device)

@@ -72,7 +72,7 @@ def test_every_usual_layout(layout: str, model: nn.Module, tmp_path: Path) -> No
     same(model, weights)
 
 
-def test_safetensors(model: nn.Module, tmp_path: Path) -> None:
+def test_safetensors_files_load(model: nn.Module, tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     from safetensors.torch import save_file
 
@@ -182,13 +182,13 @@ def test_a_flipped_bit_is_a_clear_error_or_a_number(model: nn.Module, tmp_path: 
     assert refused > 30
 
 
-def test_no_file(model: nn.Module, tmp_path: Path) -> None:
+def test_an_absent_file_is_refused(model: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_official(model, tmp_path / "absent.pt")
 
 
 @pytest.mark.parametrize("path", [None, 0, True, b"net.pt", torch.zeros(2)], ids=lambda path: type(path).__name__)
-def test_no_path(model: nn.Module, path: object) -> None:
+def test_a_path_of_another_type_is_refused(model: nn.Module, path: object) -> None:
     with pytest.raises(TypeError, match=f"path must be a str or an os.PathLike, got {type(path).__name__}"):
         load_official(model, path)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):

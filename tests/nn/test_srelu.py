@@ -45,7 +45,7 @@ def biases(layer):
         (SharedScale, {"init": 1.0}),
     ],
 )
-def test_signature(cls, expected):
+def test_constructors_have_these_arguments(cls, expected):
     arguments = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
     named = {} if cls is SharedScale else {"spatial_dims": None}
     assert list(arguments.items()) == [*expected.items(), ("device", None), ("dtype", None), *named.items()]
@@ -87,7 +87,7 @@ def test_a_layer_follows_to_another_dtype_and_device(make):
     assert y.is_meta and y.shape == x.shape and y.dtype == DOUBLE
 
 
-def test_repr():
+def test_repr_shows_channels_and_inplace():
     assert repr(SReLU(7)) == "SReLU(7)"
     assert repr(SReLU(7, inplace=True)) == "SReLU(7, inplace=True)"
     assert repr(ResidualSReLU(7)) == "ResidualSReLU(7)"

@@ -128,7 +128,7 @@ def test_constructors_name_the_argument(make, error, message):
         make()
 
 
-def test_numpy_sizes():
+def test_sizes_may_be_numpy_integers():
     assert SReLU(numpy.int64(3)).srelu_bias.shape == (1, 3, 1, 1)
     assert SReLU(3, spatial_dims=numpy.int64(2))(torch.zeros(3, 4, 5)).shape == (3, 4, 5)
 

@@ -51,7 +51,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize(("form", "inplace"), FORMS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(transform, form, inplace):
+def test_torch_func_agrees_with_the_reference(transform, form, inplace):
     args = arguments(form)
     ours, theirs = function(form, inplace)
     got, want = (tree_leaves(TRANSFORMS[transform](f, args)) for f in (ours, theirs))

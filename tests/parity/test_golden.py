@@ -31,7 +31,7 @@ def test_every_network_is_in_the_file(golden: dict) -> None:
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, *SWITCHED])
-def test_parity(name: str, golden: dict, device: torch.device) -> None:
+def test_training_is_that_of_the_official_code(name: str, golden: dict, device: torch.device) -> None:
     expected = golden[name]
     model, optimizer, reg = ours(name, expected["recipe"], device)
     names = {n: list(p.shape) for n, p in model.named_parameters()}

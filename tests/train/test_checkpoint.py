@@ -114,7 +114,7 @@ def test_a_malicious_pickle_with_a_right_checksum(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_another_format(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     checkpoint.save({**state(1), "format": 99}, tmp_path / "new.pt")
     with pytest.raises(ValueError, match="format 99, expected 2"):
         checkpoint.load(tmp_path / "new.pt")

@@ -22,7 +22,7 @@ PUBLISHED = {  # learning rate, batch per GPU, gamma, dropout
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_recipes(name: str) -> None:
+def test_presets_are_the_published_recipes(name: str) -> None:
     c = config.load(name)
     assert (c.optimizer.lr, c.data.batch_size, c.penalty.coeff, c.model.dropout) == PUBLISHED[name]
     assert (c.model.name, c.optimizer.momentum, c.optimizer.weight_decay, c.penalty.kind) == (name, 0.9, 1e-4, "isonet")
@@ -87,7 +87,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (["penalty.kind=lort"], r"penalty\.kind must be one of isonet, lorth, .*, got 'lort'"),
     ],
 )
-def test_refusals(settings: list[str], message: str) -> None:
+def test_wrong_settings_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config.load("isonet18", settings)
 
@@ -159,12 +159,12 @@ def test_text_in_quotes_is_read_as_yaml() -> None:
     assert config.load(None, ["precision='bfloat16'", 'model.name="isonet18"']).precision == "bfloat16"
 
 
-def test_unknown_preset() -> None:
+def test_an_unknown_preset_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown preset 'isonet51'; did you mean 'isonet50'\?"):
         config.load("isonet51")
 
 
-def test_schedule() -> None:
+def test_the_learning_rate_warms_up_and_falls_after_each_milestone() -> None:
     """Epochs count from 1; the milestone's own epoch is still at the higher rate; groups keep their ratio."""
     recipe = config.load("isonet18").schedule
     factors = [schedule.factor(epoch, recipe) for epoch in (1, 4, 5, 30, 31, 60, 61, 91)]

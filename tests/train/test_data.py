@@ -214,7 +214,9 @@ def write(path: Path, content: object) -> str:
     ("name", "inside", "classes"),
     [("cifar10", "", 10), ("cifar10", "cifar-10-batches-py", 10), ("cifar100", "", 100)],
 )
-def test_cifar(cifar: tuple, transforms: ModuleType, name: str, inside: str, classes: int) -> None:
+def test_cifar_is_read_normalised_and_augmented(
+    cifar: tuple, transforms: ModuleType, name: str, inside: str, classes: int
+) -> None:
     root, images, labels = cifar
     source = open_source(Data(source=f"{name}:{root / inside}"), 0)
     assert (len(source.train), len(source.val), source.num_classes, source.channels) == (20, 4, classes, 3)
@@ -271,7 +273,7 @@ def test_a_cut_cifar_file(cifar: tuple) -> None:
         open_source(Data(source=f"cifar100:{path.parent}"), 0)
 
 
-def test_no_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchvision_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install, and without replacing the torch that is there."""
     from isonet_fast.import_torchvision import import_torchvision
 

@@ -100,7 +100,7 @@ def test_annotations_that_are_cut_off(tiny, tmp_path, capsys):
     assert "instances_train2017.json is cut off or no JSON: line 1, column" in said and said.count("\n") == 1
 
 
-def test_absent_files(tmp_path):
+def test_absent_files_are_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"instances_val2017.json is not there; coco:DIR needs DIR/annotations/"
     ):
@@ -109,7 +109,7 @@ def test_absent_files(tmp_path):
         coco.open_coco("digits")
 
 
-def test_without_pycocotools(tiny, monkeypatch):
+def test_without_pycocotools_the_error_says_what_to_install(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(ModuleNotFoundError, match="by pycocotools .*: pip install pycocotools"):
         coco.open_coco(f"coco:{tiny}")

@@ -315,7 +315,9 @@ def test_a_run_that_is_there_is_not_written_over(folder: Path, two: Any) -> None
 
 
 @pytest.mark.parametrize("out", ["weights.pt", "weights.safetensors"])
-def test_export(out: str, folder: Path, three: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sharded_checkpoint_exports_to_one_file(
+    out: str, folder: Path, three: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A checkpoint of three ranks in one file, which says which network it is."""
     directory = folder / "sharded-to-three"
     if out.endswith("safetensors"):

@@ -139,7 +139,7 @@ def test_a_file_that_says_nothing(content: str, system: str, tmp_path: Path) -> 
     assert taken(tmp_path) == (system == "record locks")
 
 
-def test_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_locks_through_msvcrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No fcntl: the module loads, and locks through msvcrt."""
     locked: list[bool] = []
 

@@ -49,7 +49,9 @@ def test_every_option_that_is_a_path(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_users_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tilde_is_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`~` where no shell has looked, as in --output=~/x; the name of no user stays what it is, as in a shell."""
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["train", "--config=~/a.yaml", "--output=~/run", "--data=imagefolder:~/images"]

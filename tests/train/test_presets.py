@@ -14,7 +14,7 @@ SMALL = ["data.source=synthetic:4", "data.image_size=32", "data.batch_size=2", "
 
 
 @pytest.mark.parametrize("name", config.presets())
-def test_one_step(name: str, tmp_path: Path) -> None:
+def test_every_preset_makes_a_training_step(name: str, tmp_path: Path) -> None:
     run = Run(config.load(name, SMALL), tmp_path)
     run.model.train()
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if "head" in n or "scale" in n}

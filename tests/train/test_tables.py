@@ -272,7 +272,7 @@ def test_a_run_of_another_process_is_waited_for(
 
 
 @pytest.mark.usefixtures("few_rows")
-def test_the_picture(tmp_path: Path) -> None:
+def test_the_picture_of_a_table_is_drawn(tmp_path: Path) -> None:
     assert main(words(tmp_path, "--only", "b = -1, learned", "--seeds", "1")) == 0
     assert (tmp_path / "table3.png").read_bytes().startswith(b"\x89PNG")
 
@@ -289,7 +289,9 @@ def test_the_picture(tmp_path: Path) -> None:
         (["table", "3", "--set", "model.dept=8", "--dry-run"], "did you mean 'depth'?"),
     ],
 )
-def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_errors_name_the_argument(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main([*arguments, "--output", str(tmp_path / "none")]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "none").exists()
 
