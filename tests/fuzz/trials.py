@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import arguments, networks, penalty, streaming
+from . import arguments, elementwise, networks, penalty
 from .case import Case
 
 TRIALS: dict[str, Callable[[Case], None]] = {
-    "srelu": streaming.srelu,
-    "residual_srelu": streaming.residual_srelu,
+    "srelu": elementwise.srelu,
+    "residual_srelu": elementwise.residual_srelu,
     "orthogonality_loss": penalty.orthogonality_loss,
     "delta_": penalty.delta_,
     "layer": penalty.layer,
