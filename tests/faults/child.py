@@ -12,6 +12,7 @@ the product: the faults sit in a subclass of its Run, or in a patched function o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -137,7 +138,7 @@ def carry_out(plan: dict[str, Any]) -> int:
                 FAULTS[name](self, **fault)
             super()._train_step(batch)
 
-    object.__setattr__(launch.CLASSIFIER, "run", Faulty)
+    launch.CLASSIFIER = dataclasses.replace(launch.CLASSIFIER, run=Faulty)
     return main(plan["arguments"])
 
 

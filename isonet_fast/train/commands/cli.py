@@ -68,7 +68,7 @@ def _add_train(commands: Any) -> None:
     add.add_argument("--compile", action="store_true", help="train through torch.compile")
     add.add_argument("--accumulate", type=int, metavar="K", help="batches per optimizer step (default 1)")
     add.add_argument("--fsdp", action="store_true", help="under torchrun: shard the weights over the GPUs")
-    add.set_defaults(run=launch.run)
+    add.set_defaults(run=lambda args: launch.run(args, launch.CLASSIFIER))
 
 
 def _add_detect(commands: Any) -> None:

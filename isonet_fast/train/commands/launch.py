@@ -47,7 +47,7 @@ class Kind:
 CLASSIFIER = Kind(Config, Run, resuming.RULES)
 
 
-def run(args: argparse.Namespace, kind: Kind = CLASSIFIER) -> None:
+def run(args: argparse.Namespace, kind: Kind) -> None:
     with distributed.processes() as processes:
         if args.resume is not None:
             if args.output is not None:
