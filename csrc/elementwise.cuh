@@ -49,28 +49,21 @@
 
 namespace isonet_fast {
 
+template <DType type, typename A = float>
+struct ElementOf {
+  using Sum = A;
+  static constexpr DType kDType = type;
+};
 template <typename T>
 struct Element;
 template <>
-struct Element<float> {
-  using Sum = float;
-  static constexpr DType kDType = DType::float32;
-};
+struct Element<float> : ElementOf<DType::float32> {};
 template <>
-struct Element<double> {
-  using Sum = double;
-  static constexpr DType kDType = DType::float64;
-};
+struct Element<double> : ElementOf<DType::float64, double> {};
 template <>
-struct Element<__half> {
-  using Sum = float;
-  static constexpr DType kDType = DType::float16;
-};
+struct Element<__half> : ElementOf<DType::float16> {};
 template <>
-struct Element<__nv_bfloat16> {
-  using Sum = float;
-  static constexpr DType kDType = DType::bfloat16;
-};
+struct Element<__nv_bfloat16> : ElementOf<DType::bfloat16> {};
 
 // Every access to a tensor goes through these two, so that the emulator can count bytes.
 template <typename T, int V>
