@@ -180,6 +180,14 @@ def test_what_is_left_is_listed_once(caplog):
         assert fragment in record.getMessage()
 
 
+@pytest.mark.parametrize("name", isonet_fast.nn.__all__)
+def test_no_layer_needs_the_package_afterwards(name):
+    sizes = (2, 2, 1) if "Conv" in name else (2, 2) if name == "OrthoLinear" else (2,) if "SReLU" in name else ()
+    layer = deconvert(getattr(isonet_fast.nn, name)(*sizes))
+    assert not any(kind.startswith("isonet_fast") for kind in classes(layer))
+    assert "isonet_fast" not in getattr(layer, "code", "")
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         deconvert({})
