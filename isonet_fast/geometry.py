@@ -27,6 +27,9 @@ SMALL = 128**2
 # Measured on one thread of an AMD EPYC: with 2.9 times fewer products (32 channels, 5x5) the two take the same time,
 # with 3.6 (64 channels) the frequency form takes two thirds (docs/benchmarks.md).
 SMALL_FACTOR = 3
+# What packing an element of a weight and writing its gradient cost a rank, in multiplications. As tools/schedule.py
+# predicts for a GPU: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
+TOUCH = 550
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,10 @@ class Layer:
         wave = self.groups * math.prod(self.periods) * self.rows * self.columns * wide
         return square * wide * (2 + 3 * gradient) + 2 * wave * (1 + gradient)  # cosine and sine, there and back
 
+    def cost(self, form: str, unit: tuple[int, ...]) -> float:
+        """`work`, but where G is symmetric, half of it: the Triton kernels compute no more."""
+        return self.work(form, unit) * (0.75 if form == "overlap" and not any(unit) else 1)
+
     def multiplications(self, form: str, gradient: bool = True) -> int:
         return sum(self.work(form, unit, gradient) for unit in self.units(form))
 
@@ -208,24 +215,26 @@ class Layer:
 def split_work(
     layers: tuple[Layer, ...], index: int, count: int, forms: Sequence[str] | None = None
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The units of each layer that rank `index` of `count` computes, balanced by multiplications.
+    """The units of each layer that rank `index` of `count` computes, balanced by what they cost.
 
-    Longest unit first, each to the rank with the least work so far: the same split on every rank without
-    communication. `split_work(layers, 0, 1)` is everything. Without `forms` units are offsets.
+    A unit costs its multiplications, and the first unit of a layer on a rank also that layer's packing and writing.
+    The unit with the most multiplications first, each to the rank that then has the least cost: the same split on every
+    rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms` units are offsets.
     """
     forms = forms or ["overlap"] * len(layers)
     if count == 1:
         return tuple(layer.units(form) for layer, form in zip(layers, forms, strict=True))
     units = sorted(
-        (-layer.work(form, unit), n, unit)
+        (-layer.cost(form, unit), n, unit)
         for n, (layer, form) in enumerate(zip(layers, forms, strict=True))
         for unit in layer.units(form)
     )
-    load = [0] * count
-    mine: list[list[tuple[int, ...]]] = [[] for _ in layers]
-    for negative_work, n, unit in units:
-        rank = load.index(min(load))
-        load[rank] -= negative_work
-        if rank == index:
-            mine[n].append(unit)
-    return tuple(tuple(sorted(share)) for share in mine)
+    load = [0.0] * count
+    mine: list[list[list[tuple[int, ...]]]] = [[[] for _ in layers] for _ in range(count)]
+    for negative_cost, n, unit in units:
+        touch = TOUCH * math.prod(layers[n].shape)
+        costs = [load[rank] - negative_cost + (0 if mine[rank][n] else touch) for rank in range(count)]
+        rank = costs.index(min(costs))
+        load[rank] = costs[rank]
+        mine[rank][n].append(unit)
+    return tuple(tuple(sorted(share)) for share in mine[index])

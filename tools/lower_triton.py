@@ -67,16 +67,20 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
         return f"tensordesc<{element}[{rows}, {columns}]>" if variant.tma else f"*{element}"
 
     signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
+    signature |= {"arrivals": "*i32", "counted": "i32"}
     yield Case(f"pack{suffix}", pack_kernel, signature, tiles.pack_options(variant))
     for gram in variant.gram:
         box = plane(gram.block, gram.chunk)
         signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
+        signature |= {"parts": "*fp32", "arrivals": "*i32"}
         for save in (True, False):
             name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
             options = tiles.gram_options(variant, gram, save)
             yield Case(name, gram_kernel, signature, options, 6 if fast else 2, fast)
     for grad in variant.grad:
         signature = {
+            "parts": "*fp32",
+            "arrivals": "*i32",
             "residual": plane(grad.rows, grad.depth),
             "residual_t": plane(grad.depth, grad.rows),
             "hi": plane(grad.depth, grad.columns),

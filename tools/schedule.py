@@ -8,7 +8,8 @@ first multiprocessor that is free. A program takes
 
     tile_us + steps * max(products / tensor rate, bytes / L2 rate) + bytes of the gradient / memory rate
 
-with an equal share of every rate for each multiprocessor. "floor" is the time of the multiplications that the
+and, where a tile is split, the time to store its piece in L2; the tile's last one loads all pieces, and it alone writes
+the gradient. All programs have an equal share of every rate. "floor" is the time of the multiplications that the
 mathematics needs at the rate of a large product, and of packing. Every assumption is an option.
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import heapq
 import itertools
 import math
 import pathlib
@@ -32,6 +32,7 @@ import torch
 
 from isonet_fast import OrthoConv2d, models
 from isonet_fast.geometry import Layer
+from isonet_fast.kernels.pieces import makespan
 from isonet_fast.kernels.plan import Plan
 from isonet_fast.problem import Problem
 from isonet_fast.regularizer import official_filter
@@ -56,6 +57,10 @@ class Machine:
     launch_us: float = 1.0  # from one kernel of a graph to the next
     finish_us: float = 7.0  # one program
     gradient_bytes: float = 4.0  # per element that is accumulated: 4 as sm_90 adds it, 8 where it is loaded and stored
+
+    def store_us(self, nbytes: float) -> float:
+        """What a program writes."""
+        return 1e-6 * self.multiprocessors * nbytes / self.memory_tbytes
 
     def step_us(self, flops: float, nbytes: float) -> float:
         """One step of a program's loop."""
@@ -87,30 +92,31 @@ def plan_of(layers: tuple[Layer, ...], share: tuple[int, int] = (0, 1)) -> Plan:
 def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
     """Of every launch of tiles, what each program takes, in the order in which they start."""
     for gram, table in plan.gram_tiles.items():
-        taps = table["depth"].astype(np.int64) * table["height"] * table["width"]
-        steps = taps * (table["columns"] // gram.chunk)
+        steps = table["last"].astype(np.int64) - table["first"]
         size = gram.block * gram.chunk
         product = 2 * size * gram.block
         step = machine.step_us(3 * product, 4 * size * 2)
         diagonal = machine.step_us(2 * product, 2 * size * 2)
         step = np.where(table["a_row"] == table["b_row"], diagonal, step)
-        yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step
+        part = 4 * gram.block**2
+        yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step + pieces_us(table, part, machine)
     done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
     for grad, table in plan.grad_tiles.items():
         taps = done[table["last_run"]] - done[table["first_run"]]
         steps = taps * (table["contracted"] // grad.depth)
         elements = grad.rows * grad.columns
         step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
-        stored = 1e-6 * machine.multiprocessors * elements * machine.gradient_bytes / machine.memory_tbytes
-        yield f"grad {grad.rows}x{grad.columns}", np.where(steps > 0, machine.tile_us + steps * step + stored, 0.5)
+        written = np.where(
+            table["piece"] == table["pieces"] - 1, machine.store_us(elements * machine.gradient_bytes), 0
+        )
+        us = machine.tile_us + steps * step + pieces_us(table, 4 * elements, machine) + written
+        yield f"grad {grad.rows}x{grad.columns}", us
 
 
-def makespan(us: Iterable[float], multiprocessors: int) -> float:
-    """When the last program ends if each starts, in order, where one is free."""
-    busy = [0.0] * multiprocessors
-    for program in us:
-        heapq.heapreplace(busy, busy[0] + program)
-    return max(busy)
+def pieces_us(table: np.ndarray, nbytes: int, machine: Machine) -> np.ndarray:
+    """What pieces of tiles take beside their products: each is stored, the last one of a tile loads all."""
+    moved = 1 + np.where(table["piece"] == table["pieces"] - 1, table["pieces"], 0)
+    return np.where(table["pieces"] > 1, moved, 0) * machine.step_us(0, nbytes)
 
 
 def launches(plan: Plan, machine: Machine) -> list[Launch]:
@@ -153,6 +159,14 @@ def speedup(network: str, ranks: int, machine: Machine) -> float:
     return total_us(plan_of(layers), machine) / slowest
 
 
+def even_speedup(network: str, ranks: int, machine: Machine) -> float:
+    """What sharing could gain at most: if ranks and their multiprocessors shared everything but launches evenly."""
+    plan = plan_of(layers_of(network))
+    made = launches(plan, machine)
+    busy = sum(launch.us * launch.balance for launch in made)
+    return total_us(plan, machine) / (busy / ranks + machine.launch_us * len(made))
+
+
 def chain(channels: Sequence[int], kernel: tuple[int, ...]) -> tuple[Layer, ...]:
     """Convolutions one after the other, stride 1."""
     ones = (1,) * len(kernel)
@@ -176,7 +190,7 @@ def frequency_us(layers: Sequence[Layer], machine: Machine) -> float:
         gram += [machine.tile_us + 2 * depth * step] * (pairs * across**2)
         gram += [machine.tile_us + depth * step] * (across * (across + 1) // 2)  # at 0: symmetric
         step = machine.step_us(2 * 128 * wide * 64, (128 + wide) * 64 * 2)
-        stored = 1e-6 * machine.multiprocessors * 4 * 128 * wide / machine.memory_tbytes
+        stored = machine.store_us(4 * 128 * wide)
         grad += [machine.tile_us + 2 * contracted * step + stored] * (2 * pairs * across * along)
         grad += [machine.tile_us + contracted * step + stored] * (across * along)
         weights, plane = 4 * math.prod(layer.shape), rows * columns
@@ -206,8 +220,11 @@ def report(networks: Iterable[str], machine: Machine) -> None:
         took, floor = total_us(plan, machine), floor_us(plan, machine)
         print(f"{network:10} {took:.0f}, {took / floor:.2f} times floor and packing ({floor:.0f}): {parts}")
     for network in (name for name in networks if name in SHARDED):
-        gains = ", ".join(f"{speedup(network, ranks, machine):.1f}x on {ranks} ranks" for ranks in RANKS)
-        print(f"{network:10} {gains}")
+        gains = [(ranks, speedup(network, ranks, machine), even_speedup(network, ranks, machine)) for ranks in RANKS]
+        print(
+            f"{network:10}",
+            ", ".join(f"{gain:.1f}x on {ranks} ranks (even: {even:.1f}x)" for ranks, gain, even in gains),
+        )
 
 
 def main() -> None:

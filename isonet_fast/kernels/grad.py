@@ -33,14 +33,16 @@ from .layout import (
     side,
     tap_offset,
 )
+from .pieces import COLUMNS, add_pieces, store_piece
 
-# One row per tile of one dL/dA_u. `row`, `column`, `block` and `tap` say where it is stored; the runs from `first_run`
-# on read R as it is stored, at `r_row` of `residual`, those from `middle_run` to `last_run` read it transposed, at
-# `t_row` and `t_column`. A begins at `a_row` and `a_column` of `planes`. `contracted` rows of A are summed over.
+# One row per tile of one dL/dA_u, or per piece of a tile. `row`, `column`, `block` and `tap` say where it is stored.
+# The runs from `first_run` on read R as it is stored, at `r_row` of `residual`, those from `middle_run` to `last_run`
+# read it transposed, at `t_row` and `t_column`; those of a piece are a part of its tile's. A begins at `a_row` and
+# `a_column` of `planes`. `contracted` rows of A are summed over. pieces.py tells of the last four.
 GRAD = int32_columns(
     "layer block row column tap first_run middle_run last_run r_row t_row t_column a_row a_column panel_rows "
-    "contracted",
-    width=16,
+    "contracted " + COLUMNS,
+    width=20,
 )
 # What one loop contracts: a rectangle of taps, from its index `first` to `last`, in lines of `width`. R and A begin at
 # `_base` and lie `_line` and `_tap` rows further for every line and tap. runs.py makes them.
@@ -62,6 +64,7 @@ TILE_A_ROW = field(GRAD, "a_row")
 TILE_A_COLUMN = field(GRAD, "a_column")
 TILE_PANEL_ROWS = field(GRAD, "panel_rows")
 TILE_CONTRACTED = field(GRAD, "contracted")
+TILE_PIECES = field(GRAD, "pieces")
 RUN_FIRST = field(RUN, "first")
 RUN_LAST = field(RUN, "last")
 RUN_WIDTH = field(RUN, "width")
@@ -79,6 +82,8 @@ def grad_kernel(
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
     hi,  # (rows, PANEL): boxes of (DEPTH, COLUMNS)
     out,  # float32: what the views' addresses are relative to, unless they are added to
+    parts,  # float32 (parts, ROWS, COLUMNS): pieces of tiles, see pieces.py
+    arrivals,  # int32, 0
     tiles,  # int32 (tiles, GRAD_WIDTH)
     runs,  # int32 (runs, RUN_LENGTH)
     views,  # int64 (layers, VIEW_WIDTH), see layout.py
@@ -170,7 +175,20 @@ def grad_kernel(
                 acc = tl.dot(left, right, acc, input_precision="ieee")
             else:
                 acc = tl.dot(left, right, acc)
+    if tl.load(tile + TILE_PIECES) == 1:
+        _finish(acc, 0, tile, out, views, coefficients, grad_output, scale, IEEE, ACCUMULATE, REDUCE)
+    elif store_piece(acc, parts, arrivals, tile + TILE_PIECES):
+        for at in range(0, COLUMNS, 64):  # registers hold one tile, not two
+            acc_at = add_pieces(parts, tile + TILE_PIECES, at, ROWS, COLUMNS, 64)
+            _finish(acc_at, at, tile, out, views, coefficients, grad_output, scale, IEEE, ACCUMULATE, REDUCE)
 
+
+@triton.jit
+def _finish(
+    acc, at, tile, out, views, coefficients, grad_output, scale, IEEE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    REDUCE: tl.constexpr,
+):  # fmt: skip
+    """Scale a tile of a gradient, or its columns from `at` on, and store it in its layer's own layout."""
     layer = tl.load(tile + TILE_LAYER)
     factor = 2.0 * tl.load(coefficients + layer)
     if ACCUMULATE:
@@ -185,9 +203,11 @@ def grad_kernel(
         address += out.to(tl.int64)
     block = tl.load(tile + TILE_BLOCK)
     row = tl.load(tile + TILE_ROW)
-    column = tl.load(tile + TILE_COLUMN)
+    column = tl.load(tile + TILE_COLUMN) + at
     start = tap_offset(tl.load(tile + TILE_TAP), view).to(tl.int64)
-    sticks_out = (row + ROWS > tl.load(view + VIEW_ROWS)) | (column + COLUMNS > tl.load(view + VIEW_COLUMNS))
+    sticks_out = (row + acc.shape[0] > tl.load(view + VIEW_ROWS)) | (
+        column + acc.shape[1] > tl.load(view + VIEW_COLUMNS)
+    )
     path = tl.where(sticks_out, 0, tl.load(view + VIEW_PATH))
     if IEEE:  # whose operands leave no registers for two more ways to store
         path = tl.where(path > 2, 0, path)
@@ -198,22 +218,21 @@ def grad_kernel(
         + row * tl.load(view + VIEW_ROW_STRIDE)
         + column * tl.load(view + VIEW_COLUMN_STRIDE),
     )
-    if last_run > first_run or not ACCUMULATE:  # a layer of another rank has nothing to add
-        at = address.to(tl.pointer_type(tl.float32)) + start  # only where path is not 0
-        if path == 1:
-            _store_whole(
-                acc, tl.multiple_of(at, 16), tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE, REDUCE
-            )
-        elif path == 2:
-            _store_whole(
-                acc, tl.multiple_of(at, 16), tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE, REDUCE
-            )
-        elif (not IEEE) and path == 3:
-            _store_whole(acc, at, tl.load(view + VIEW_ROW_STRIDE), False, ACCUMULATE, REDUCE)
-        elif (not IEEE) and path == 4:
-            _store_whole(acc, at, tl.load(view + VIEW_COLUMN_STRIDE), True, ACCUMULATE, REDUCE)
-        else:
-            _store_any(acc, address, start, block, row, column, view, ACCUMULATE, REDUCE)
+    place = address.to(tl.pointer_type(tl.float32)) + start  # only where path is not 0
+    if path == 1:
+        _store_whole(
+            acc, tl.multiple_of(place, 16), tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE, REDUCE
+        )
+    elif path == 2:
+        _store_whole(
+            acc, tl.multiple_of(place, 16), tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE, REDUCE
+        )
+    elif (not IEEE) and path == 3:
+        _store_whole(acc, place, tl.load(view + VIEW_ROW_STRIDE), False, ACCUMULATE, REDUCE)
+    elif (not IEEE) and path == 4:
+        _store_whole(acc, place, tl.load(view + VIEW_COLUMN_STRIDE), True, ACCUMULATE, REDUCE)
+    else:
+        _store_any(acc, address, start, block, row, column, view, ACCUMULATE, REDUCE)
 
 
 @triton.jit

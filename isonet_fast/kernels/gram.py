@@ -14,21 +14,24 @@ import triton
 import triton.language as tl
 
 from .layout import PANEL, RESIDUAL_PANEL, field, int32_columns
+from .pieces import COLUMNS, add_pieces, store_piece
 
-# One row per tile. A rectangle of overlapping taps is `depth` x `height` x `width`; its first pair is in rows `a_row`
-# and `b_row` of `planes`, and a step along each side is so many rows further. `columns` are contracted. `out` and
-# `mirror` are the places of the tile and of its transpose in `residual` (mirror_row -1: none). 1 is subtracted from
-# the first `ones` diagonal entries; the tile's square sum counts `halves` times one half.
+# One row per tile, or per piece of a tile. Overlapping taps lie in planes of `height` x `width`; the first pair is in
+# rows `a_row` and `b_row` of `planes`, and a step along each side is so many rows further. For each pair `columns` are
+# contracted, a chunk per step; `first` and `last` are steps. `out` and `mirror` are the places of the tile and of its
+# transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal entries; the tile's
+# square sum counts `halves` times one half. pieces.py tells of the last four.
 GRAM = int32_columns(
-    "partial layer a_row b_row depth height width depth_step height_step width_step panel_rows columns "
-    "out_row out_column mirror_row mirror_column ones halves",
-    width=20,
+    "partial layer a_row b_row first last height width depth_step height_step width_step panel_rows columns "
+    "out_row out_column mirror_row mirror_column ones halves " + COLUMNS,
+    width=24,
 )
 GRAM_WIDTH = tl.constexpr(GRAM.itemsize // 4)
 TILE_PARTIAL = field(GRAM, "partial")
 TILE_A_ROW = field(GRAM, "a_row")
 TILE_B_ROW = field(GRAM, "b_row")
-TILE_DEPTH = field(GRAM, "depth")
+TILE_FIRST = field(GRAM, "first")
+TILE_LAST = field(GRAM, "last")
 TILE_HEIGHT = field(GRAM, "height")
 TILE_WIDTH = field(GRAM, "width")
 TILE_DEPTH_STEP = field(GRAM, "depth_step")
@@ -42,6 +45,7 @@ TILE_MIRROR_ROW = field(GRAM, "mirror_row")
 TILE_MIRROR_COLUMN = field(GRAM, "mirror_column")
 TILE_ONES = field(GRAM, "ones")
 TILE_HALVES = field(GRAM, "halves")
+TILE_PIECES = field(GRAM, "pieces")
 
 
 @triton.jit
@@ -66,11 +70,34 @@ def _rows(plane, row, column, inside, TMA: tl.constexpr):
 
 
 @triton.jit
+def _finish_tile(acc, tile, residual, partials, BLOCK: tl.constexpr, SAVE: tl.constexpr):
+    """What is done with a tile of G_t: its square sum, and R_t for a backward."""
+    r = tl.arange(0, BLOCK)
+    c = tl.arange(0, BLOCK)
+    ones = tl.load(tile + TILE_ONES)
+    acc -= tl.where((r[:, None] == c[None, :]) & (r[:, None] < ones), 1.0, 0.0)
+    halves = tl.load(tile + TILE_HALVES).to(tl.float32)
+    tl.store(partials + tl.load(tile + TILE_PARTIAL), 0.5 * halves * tl.sum(acc * acc))
+    if SAVE:
+        out = acc.to(residual.dtype.element_ty)
+        at = tl.load(tile + TILE_OUT_ROW).to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(
+            tl.load(tile + TILE_OUT_COLUMN), BLOCK
+        )
+        tl.store(residual + at + r[:, None] * RESIDUAL_PANEL + c[None, :], out)
+        mirror_row = tl.load(tile + TILE_MIRROR_ROW)
+        if mirror_row >= 0:  # G_0 is symmetric: the other triangle is stored, not computed
+            at = mirror_row.to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(tl.load(tile + TILE_MIRROR_COLUMN), BLOCK)
+            tl.store(residual + at + c[:, None] * RESIDUAL_PANEL + r[None, :], out.T)
+
+
+@triton.jit
 def gram_kernel(
     hi,  # bf16 (rows, PANEL), a descriptor or a pointer; float32 if there is one plane
     lo,  # A - hi, the same
     residual,  # (rows, RESIDUAL_PANEL)
     partials,  # float32, one per tile
+    parts,  # float32 (parts, BLOCK, BLOCK): pieces of tiles, see pieces.py
+    arrivals,  # int32, 0
     tiles,  # int32 (tiles, GRAM_WIDTH)
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -79,10 +106,10 @@ def gram_kernel(
     SAVE: tl.constexpr,  # whether a backward will want R
 ):
     tile = tiles + tl.program_id(0) * GRAM_WIDTH
-    partial = tl.load(tile + TILE_PARTIAL)
     a_row = tl.load(tile + TILE_A_ROW)
     b_row = tl.load(tile + TILE_B_ROW)
-    depth = tl.load(tile + TILE_DEPTH)
+    first = tl.load(tile + TILE_FIRST)
+    last = tl.load(tile + TILE_LAST)
     height = tl.load(tile + TILE_HEIGHT)
     width = tl.load(tile + TILE_WIDTH)
     depth_step = tl.load(tile + TILE_DEPTH_STEP)
@@ -90,16 +117,14 @@ def gram_kernel(
     width_step = tl.load(tile + TILE_WIDTH_STEP)
     panel_rows = tl.load(tile + TILE_PANEL_ROWS)
     chunks = tl.load(tile + TILE_COLUMNS) // CHUNK
-    steps = depth * height * width * chunks
     r = tl.arange(0, BLOCK)
-    c = tl.arange(0, BLOCK)
     k = tl.arange(0, CHUNK)
     inside = r[:, None] * PANEL + k[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     # Tensor cores truncate as they add: the small products get accumulators of their own
     acc_hl = tl.zeros((BLOCK, BLOCK), tl.float32)
     if (PRODUCTS == 3) and (a_row == b_row):  # on the diagonal of t = 0: half the loads, and lo hi^T = (hi lo^T)^T
-        for it in tl.range(0, steps):
+        for it in tl.range(first, last):
             row, column = _place(it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK)
             a_hi = _rows(hi, a_row + row, column, inside, TMA)
             a_lo = _rows(lo, a_row + row, column, inside, TMA)
@@ -109,7 +134,7 @@ def gram_kernel(
     else:
         acc_lh = tl.zeros((BLOCK, BLOCK), tl.float32)
         # One flat loop: around an inner one, Blackwell would carry all three accumulators in registers
-        for it in tl.range(0, steps):
+        for it in tl.range(first, last):
             row, column = _place(it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK)
             a_hi = _rows(hi, a_row + row, column, inside, TMA)
             b_hi = _rows(hi, b_row + row, column, inside, TMA)
@@ -126,17 +151,10 @@ def gram_kernel(
                 acc = tl.dot(a_hi, b_hi.T, acc)
         if PRODUCTS == 3:
             acc += acc_hl + acc_lh
-    ones = tl.load(tile + TILE_ONES)
-    acc -= tl.where((r[:, None] == c[None, :]) & (r[:, None] < ones), 1.0, 0.0)
-    halves = tl.load(tile + TILE_HALVES).to(tl.float32)
-    tl.store(partials + partial, 0.5 * halves * tl.sum(acc * acc))
-    if SAVE:
-        out = acc.to(residual.dtype.element_ty)
-        at = tl.load(tile + TILE_OUT_ROW).to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(
-            tl.load(tile + TILE_OUT_COLUMN), BLOCK
-        )
-        tl.store(residual + at + r[:, None] * RESIDUAL_PANEL + c[None, :], out)
-        mirror_row = tl.load(tile + TILE_MIRROR_ROW)
-        if mirror_row >= 0:  # G_0 is symmetric: the other triangle is stored, not computed
-            at = mirror_row.to(tl.int64) * RESIDUAL_PANEL + tl.multiple_of(tl.load(tile + TILE_MIRROR_COLUMN), BLOCK)
-            tl.store(residual + at + c[:, None] * RESIDUAL_PANEL + r[None, :], out.T)
+    whole = tl.load(tile + TILE_PIECES) == 1
+    if not whole:
+        whole = store_piece(acc, parts, arrivals, tile + TILE_PIECES)
+        if whole:
+            acc = add_pieces(parts, tile + TILE_PIECES, 0, BLOCK, BLOCK, BLOCK)
+    if whole:
+        _finish_tile(acc, tile, residual, partials, BLOCK, SAVE)

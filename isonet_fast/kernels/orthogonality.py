@@ -48,12 +48,16 @@ def variant(device: torch.device, precision: str | None) -> str:
 
 
 def forward(
-    weights: Sequence[Tensor], problem: Problem, save: bool, aside: torch.cuda.Stream | None = None
+    weights: Sequence[Tensor],
+    problem: Problem,
+    save: bool,
+    aside: torch.cuda.Stream | None = None,
+    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`.
 
     The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for it before it
-    goes on without these tensors, whose memory is its own.
+    goes on without these tensors, whose memory is its own. `arrivals` is what a gradient will count in that follows.
     """
     tables = tables_of(problem, weights[0].device)
     plan, device, launch = tables.plan, tables.device, tables.launches
@@ -64,15 +68,20 @@ def forward(
         lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
         residual = torch.empty(plan.residual_shape if save else (1, RESIDUAL_PANEL), dtype=dtype, device=device)
         partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
+        parts = torch.empty(plan.gram_parts * plan.variant.gram[0].block ** 2, dtype=torch.float32, device=device)
+        if arrivals is None:
+            arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=device)
         losses = torch.empty(len(weights), dtype=torch.float32, device=device)
         loss = torch.empty((), dtype=torch.float32, device=device)
         arguments: tuple
         if len(plan.pack_tiles):
-            arguments = (hi, lo, tables.pack.on(stream), tables.view("read", weights, stream))
+            view = tables.view("read", weights, stream)
+            arguments = (hi, lo, tables.pack.on(stream), view, arrivals, plan.arrivals)
             launch("pack", pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
         for tile, table in tables.gram.items():
             box = [tile.block, tile.chunk]
-            arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, table.on(stream))
+            planes = _plane(hi, box, plan), _plane(lo, box, plan)
+            arguments = (*planes, residual, partials, parts, arrivals, table.on(stream))
             options = tiles.gram_options(plan.variant, tile, save)
             launch(("gram", tile, save), gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
         if aside is not None:
@@ -119,9 +128,10 @@ def accumulate_grad_(
     with _on(tables.device) as stream:
         view = tables.view("add", grads, stream)
         # One program of finish keeps one multiprocessor busy: beside the gradient, which doesn't need the loss
-        loss, losses, saved = forward(weights, problem, True, tables.aside)
+        arrivals = torch.empty(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
+        loss, losses, saved = forward(weights, problem, True, tables.aside, arrivals)
         if view is not None and not any(map(Tensor.is_neg, grads)):
-            _grad(tables, saved, view, stream, scale=float(scale))
+            _grad(tables, saved, arrivals, view, stream, scale=float(scale))
         else:  # formed in float32, added with one rounding
             factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
             layout, flat = _grad_to_flat(tables, weights, saved, factor, stream)
@@ -147,24 +157,28 @@ def _grad_to_flat(
     tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], factor: Tensor, stream: Any
 ) -> tuple[Flat, Tensor]:  # fmt: skip
     layout, view = tables.flat(weights)
-    flat = torch.empty(layout.size, dtype=torch.float32, device=tables.device)
-    _grad(tables, saved, view.on(stream), stream, flat=flat, grad_output=factor.float())
+    make = torch.empty if tables.plan.fills else torch.zeros
+    flat = make(layout.size, dtype=torch.float32, device=tables.device)
+    arrivals = torch.zeros(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
+    _grad(tables, saved, arrivals, view.on(stream), stream, flat=flat, grad_output=factor.float())
     return layout, flat
 
 
 def _grad(
-    tables: Tables, saved: Sequence[Tensor], view: Tensor, stream: Any,
+    tables: Tables, saved: Sequence[Tensor], arrivals: Tensor, view: Tensor, stream: Any,
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """One launch per tile size, into `flat` (times grad_output) or added to what the view points at (times scale)."""
     plan, accumulate = tables.plan, flat is None
     hi, residual = saved
     runs, factors = tables.runs.on(stream), tables.coefficients.on(stream)
+    largest = plan.variant.grad[0]
+    parts = torch.empty(plan.grad_parts * largest.rows * largest.columns, dtype=torch.float32, device=tables.device)
     for tile, table in tables.grad.items():
         arguments = (
             _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
-            _plane(hi, [tile.depth, tile.columns], plan), flat, table.on(stream), runs, view, factors, grad_output,
-            scale,
+            _plane(hi, [tile.depth, tile.columns], plan), flat, parts, arrivals, table.on(stream), runs, view, factors,
+            grad_output, scale,
         )  # fmt: skip
         options = tiles.grad_options(plan.variant, tile, accumulate)
         tables.launches(("grad", tile, accumulate), grad_kernel, len(plan.grad_tiles[tile]), arguments, options)

@@ -49,16 +49,20 @@ TILE_TAPS = field(PACK, "taps")
 TILE_TAP_ROWS = field(PACK, "tap_rows")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["counted"])
 def pack_kernel(
     hi,  # (rows, PANEL): bf16, or float32 if there is one plane
     lo,
     tiles,  # int32 (tiles, PACK_WIDTH)
     views,  # int64 (layers, VIEW_WIDTH), see layout.py
+    arrivals,  # int32 (counted,): set to 0 for gram, which counts in it
+    counted,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
+    for at in range(tl.program_id(0), counted, tl.num_programs(0)):
+        tl.store(arrivals + at, 0)
     tile = tiles + tl.program_id(0) * PACK_WIDTH
     view = views + tl.load(tile + TILE_LAYER) * VIEW_WIDTH
     block = tl.load(tile + TILE_BLOCK)

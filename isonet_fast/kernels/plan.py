@@ -20,11 +20,14 @@ from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
 from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad, shapes
-from .runs import append_runs
+from .pieces import Pieces, balanced
+from .runs import append_part, append_runs
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
-MULTIPROCESSORS = 132  # of an H100 or H200
 L2_BYTES = 30 << 20  # of an H100's 50 MB: half of it may belong to the other half of the chip
+# What a tile's beginning and end take, and storing or loading a piece of one, in steps of the largest tiles
+GRAM_TILE, GRAM_PART = 1.5, 1.0
+GRAD_TILE, GRAD_PART = 6.5, 2.5  # the gradient's end writes
 
 
 class Row(NamedTuple):
@@ -58,6 +61,9 @@ class Plan:
     residual_shape: tuple[int, int]
     pack_tiles: np.ndarray
     partial_ranges: np.ndarray  # of each layer its first partial, and how many
+    gram_parts: int  # pieces of the tiles that are split: pieces.py
+    grad_parts: int
+    arrivals: int  # tiles that are split
     runs: np.ndarray
 
     def __init__(self, problem: Problem, variant: str) -> None:
@@ -65,13 +71,14 @@ class Plan:
         self.variant = VARIANTS[variant]
         self.packed = lay_out(problem)
         self.planes_shape, self.residual_shape = shapes(problem)
-        self._gram_tile = self._choose_gram(shared=problem.share[1] > 1)
+        self._gram_tile = self._choose_gram()
         self._grad_tile = self._choose_grad()
         # longest layers first, so that short ones fill the tail; a layer stays together, so that it stays in L2
         self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
         self.pack_tiles = _joined([self._pack_rows(n) for n in self._order], PACK)
         self.gram_tiles: dict[GramTile, np.ndarray] = {}
         self.partial_ranges = np.zeros((len(self.layers), 2), np.int32)
+        self.gram_parts = self.grad_parts = self.arrivals = 0
         self._plan_gram()
         self.grad_tiles: dict[GradTile, np.ndarray] = {}
         self._plan_grad()
@@ -92,33 +99,18 @@ class Plan:
         return np.array([layer.constant * o for layer, o in zip(self.layers, own, strict=True)], np.float64)
 
     @property
+    def fills(self) -> bool:
+        """Whether the gradient's tiles write every element: those of t = 0 do."""
+        return all(any(not any(t) for t in p.offsets) for p in self.packed)
+
+    @property
     def launches(self) -> dict[str, int]:
         """Kernel launches of a loss, and of the gradient that follows it."""
         return {"loss": 2 + len(self.gram_tiles), "gradient": len(self.grad_tiles)}
 
-    def _choose_gram(self, shared: bool) -> list[GramTile]:
-        """The largest tile that fits each layer. Of a share of the work, where one tile can take longer than all do
-        together, the smallest if that ends earlier."""
-        tiles = self.variant.gram
-        largest = [next(g for g in tiles if p.wide or g.block == ROW_BLOCK) for p in self.packed]
-        smallest = [tiles[-1]] * len(largest)
-        if shared and self._gram_time(smallest) < 0.8 * self._gram_time(largest):
-            return smallest
-        return largest
-
-    def _gram_time(self, tiles: list[GramTile]) -> float:
-        """Multiply-adds until the gram launches end, weighted with what they cost."""
-        time = 0.0
-        for tile in set(tiles):
-            longest = total = 0.0
-            for p in (p for p, chosen in zip(self.packed, tiles, strict=True) if chosen == tile):
-                side = ceil(p.rows, tile.block)
-                for t in p.offsets:
-                    one = p.layer.overlap(t) * pad(p.columns, 64) * tile.block**2 * tile.cost
-                    longest = max(longest, one)
-                    total += one * p.blocks * self._gram_products(side, t) / self.variant.products
-            time += max(longest, total / MULTIPROCESSORS)
-        return time
+    def _choose_gram(self) -> list[GramTile]:
+        """The largest tile that fits each layer."""
+        return [next(g for g in self.variant.gram if p.wide or g.block == ROW_BLOCK) for p in self.packed]
 
     def _gram_products(self, side: int, t: Offset) -> int:
         """Products of tiles for G_t of side x side tiles. On the diagonal of t = 0 two of them are transposes."""
@@ -188,10 +180,23 @@ class Plan:
                 layers, starts, counts = np.unique(table["layer"], return_index=True, return_counts=True)
                 self.partial_ranges[layers] = np.stack([first + starts, counts], 1)
                 first += len(table)
-                steps = table["depth"].astype(np.int64) * table["height"] * table["width"] * table["columns"]
-                steps *= np.where(table["a_row"] == table["b_row"], 2, 3)  # products of each
+                products = np.where(table["a_row"] == table["b_row"], 2, 3) / 3
+                cut = balanced(table["last"].astype(np.int64), products, GRAM_TILE, GRAM_PART)
+                table, self.gram_parts = self._in_pieces(table, cut, self.gram_parts)
+                table["first"], table["last"] = cut.first, cut.last
+                time = cut.times(products, GRAM_TILE, GRAM_PART)
                 planes = {n: self.packed[n].plane_rows * PANEL * 4 for n in layers}  # hi and lo
-                self.gram_tiles[tile] = _longest_last_layers_first(table, steps, planes)
+                self.gram_tiles[tile] = _longest_last_layers_first(table, time, planes)
+
+    def _in_pieces(self, table: np.ndarray, cut: Pieces, parts: int) -> tuple[np.ndarray, int]:
+        """A row for each piece, what `add_pieces` reads of it, and the parts so far with these."""
+        table = table[cut.row]
+        split, starts = cut.pieces > 1, (cut.pieces > 1) & (cut.piece == 0)
+        table["pieces"], table["piece"] = cut.pieces, cut.piece
+        table["first_part"] = parts + np.cumsum(split) - 1 - cut.piece
+        table["arrival"] = self.arrivals + np.cumsum(starts) - 1
+        self.arrivals += int(starts.sum())
+        return table, parts + int(split.sum())
 
     def _gram_rows(self, n: int) -> np.ndarray:
         """Offsets with the most overlapping taps first."""
@@ -213,13 +218,13 @@ class Plan:
         plane = p.plane_base + block * p.layer.taps * p.tap_rows
         out = p.residual_base + (block * len(p.offsets) + index) * p.offset_rows
         filled = np.array([p.filled(b) for b in range(p.blocks)], np.int64)[block]
-        depth, height, width = (k - abs(x) for k, x in zip(p.kernel, (tz, ty, tx), strict=True))
+        _, height, width = (k - abs(x) for k, x in zip(p.kernel, (tz, ty, tx), strict=True))
         return _table(
             GRAM,
             layer=n,
             a_row=plane + u * p.tap_rows + r,
             b_row=plane + v * p.tap_rows + c,
-            depth=depth,
+            last=p.layer.overlap(t) * pad(p.columns, 64) // self._gram_tile[n].chunk,
             height=height,
             width=width,
             depth_step=ky * kx * p.tap_rows,
@@ -238,16 +243,19 @@ class Plan:
     def _plan_grad(self) -> None:
         runs: list[tuple[int, ...]] = []
         known: dict[tuple, list[tuple[int, int, int]]] = {}
+        read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
         for tile in self.variant.grad:
             rows = [self._grad_rows(n, runs, known) for n in self._order if self._grad_tile[n] == tile]
-            if rows:
-                self.grad_tiles[tile] = _joined(rows, GRAD)
+            table = _joined(rows, GRAD)
+            if len(table):
+                done = np.concatenate([[0], np.cumsum([run[1] - run[0] for run in runs])])
+                pairs, pair = done[table["last_run"]] - done[table["first_run"]], table["contracted"] / tile.depth
+                cut = balanced(pairs, pair, GRAD_TILE, GRAD_PART)
+                table, self.grad_parts = self._in_pieces(table, cut, self.grad_parts)
+                _cut_runs(table, cut, runs)
+                time = cut.times(pair, GRAD_TILE, GRAD_PART)
+                self.grad_tiles[tile] = _longest_last_layers_first(table, time, read)
         self.runs = np.array([(*run, 0) for run in runs], RUN)
-        done = np.concatenate([[0], np.cumsum(self.runs["last"].astype(np.int64) - self.runs["first"])])
-        for tile, table in self.grad_tiles.items():
-            steps = (done[table["last_run"]] - done[table["first_run"]]) * table["contracted"]
-            read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
-            self.grad_tiles[tile] = _longest_last_layers_first(table, steps, read)
 
     def _grad_rows(self, n: int, runs: list, known: dict[tuple, list[tuple[int, int, int]]]) -> np.ndarray:
         p, tile = self.packed[n], self._grad_tile[n]
@@ -261,6 +269,8 @@ class Plan:
             range(0, p.columns, tile.columns),
         )
         first, middle, last = np.array(known[key], np.int64).reshape(-1, 3)[tap].T
+        some = first < last  # of a share of the work, a tap can have none
+        block, tap, row, column, first, middle, last = (x[some] for x in (block, tap, row, column, first, middle, last))
         residual = p.residual_base + block * len(p.offsets) * p.offset_rows
         return _table(
             GRAD,
@@ -322,7 +332,20 @@ class Plan:
         return rows
 
 
-def _longest_last_layers_first(table: np.ndarray, steps: np.ndarray, nbytes: dict[int, int]) -> np.ndarray:
+def _cut_runs(table: np.ndarray, cut: Pieces, runs: list[tuple[int, ...]]) -> None:
+    """Runs of their own for the pieces of a tile; equal tiles of a tap share them."""
+    known: dict[tuple[int, ...], tuple[int, int, int]] = {}
+    names = ["first_run", "middle_run", "last_run"]
+    for n in np.flatnonzero(cut.pieces > 1):
+        whole = tuple(table[names][n].tolist())
+        key = *whole, int(cut.first[n]), int(cut.last[n])
+        if key not in known:
+            known[key] = append_part(runs, *key)
+        for name, value in zip(names, known[key], strict=True):
+            table[name][n] = value
+
+
+def _longest_last_layers_first(table: np.ndarray, time: np.ndarray, nbytes: dict[int, int]) -> np.ndarray:
     """Tiles of the last layers in the order of their length, as many layers as the L2 cache holds together.
 
     What starts last should be short, so that multiprocessors end together. Among all layers, that order would read the
@@ -336,7 +359,7 @@ def _longest_last_layers_first(table: np.ndarray, steps: np.ndarray, nbytes: dic
             break
         last.add(n)
     start = int(np.isin(table["layer"], list(last)).argmax()) if last else len(table)
-    order = np.argsort(-steps[start:], kind="stable")
+    order = np.argsort(-time[start:], kind="stable")
     return np.concatenate([table[:start], table[start:][order]])
 
 

@@ -22,6 +22,21 @@ def append_runs(p: Packed, u: tuple[int, ...], runs: list[tuple[int, ...]]) -> t
     return first, middle, len(runs)
 
 
+def append_part(
+    runs: list[tuple[int, ...]], first: int, middle: int, last: int, begin: int, end: int
+) -> tuple[int, int, int]:
+    """Append what pairs `begin` to `end` of these runs contract, counted through; returns as `append_runs` does."""
+    bounds = [len(runs)]
+    for some in (range(first, middle), range(middle, last)):
+        for start, stop, *rest in [runs[index] for index in some]:
+            low, high = max(start, start + begin), min(stop, start + end)
+            if low < high:
+                runs.append((low, high, *rest))
+            begin, end = begin - (stop - start), end - (stop - start)
+        bounds.append(len(runs))
+    return bounds[0], bounds[1], bounds[2]
+
+
 def _is_whole(p: Packed) -> bool:
     """All offsets are here and lie in a plane: one run serves each direction."""
     return p.offsets == p.layer.offsets and p.kernel[0] == 1

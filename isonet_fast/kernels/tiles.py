@@ -8,13 +8,12 @@ PACK_ROWS, PACK_COLUMNS = 32, 64
 
 
 class GramTile(NamedTuple):
-    """How one size of gram tile is launched; `cost` is its time per multiply-add, the largest tile's being 1."""
+    """How one size of gram tile is launched."""
 
     block: int  # rows and columns of G
     chunk: int  # columns of A contracted per step
     num_warps: int
     num_stages: int
-    cost: float
 
 
 class GradTile(NamedTuple):
@@ -42,21 +41,21 @@ VARIANTS = {
     "tma": Variant(
         True,
         3,
-        (GramTile(128, 64, 8, 3, 1.0), GramTile(64, 64, 4, 3, 1.85)),  # 1.85: limited by the L2 cache
+        (GramTile(128, 64, 8, 3), GramTile(64, 64, 4, 3)),
         (GradTile(128, 256, 64, 8, 4, 1.0), GradTile(64, 128, 64, 4, 4, 1.5)),
     ),
     # sm_80, 86, 89, 120: pointers, within 99 KB
     "pointer": Variant(
         False,
         3,
-        (GramTile(128, 32, 8, 4, 1.0), GramTile(64, 64, 4, 4, 1.85)),
+        (GramTile(128, 32, 8, 4), GramTile(64, 64, 4, 4)),
         (GradTile(128, 128, 64, 8, 4, 1.0), GradTile(64, 128, 64, 4, 4, 1.5)),
     ),
     # precision="highest": IEEE float32 has no tensor cores; operands are held in registers, so steps are short
     "highest": Variant(
         False,
         1,
-        (GramTile(64, 16, 4, 4, 1.0),),
+        (GramTile(64, 16, 4, 4),),
         (GradTile(64, 64, 16, 4, 4, 1.0),),
     ),
 }

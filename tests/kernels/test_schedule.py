@@ -42,6 +42,30 @@ def test_published_networks_are_predicted_near_their_floor(network, limit):
     assert schedule.ratio(f"isonet{network}", schedule.Machine()) <= limit
 
 
+@pytest.mark.parametrize("network, least", [("isonet34", 5.9), ("isonet50", 5.4)])
+def test_eight_ranks_are_predicted_to_gain(network, least):
+    assert schedule.speedup(network, 8, schedule.Machine()) >= least
+    assert schedule.even_speedup(network, 8, schedule.Machine()) < 8
+
+
+def test_a_piece_is_stored_and_the_last_one_adds():
+    """One tile of 9 x 8 steps of 128 x 128 x 64: whole or in pieces, its products are the same."""
+    layers = schedule.chain((512, 512), (3, 3))
+    plan = schedule.plan_of(layers, (0, 8))
+    free = dict(tile_us=0, l2_tbytes=1e9, memory_tbytes=1e9)
+    _, us = next(schedule.programs(plan, schedule.Machine(**free)))
+    products = sum(row.padded_flops for row in plan.summary())
+    assert plan.gram_parts and us.sum() < 1e-6 * 132 * products / 620
+    table = next(iter(plan.gram_tiles.values()))
+    part = schedule.Machine(l2_tbytes=1, tflops=1e9).step_us(0, 4 * 128**2)
+    added = schedule.pieces_us(table, 4 * 128**2, schedule.Machine(l2_tbytes=1))
+    last = table["piece"] == table["pieces"] - 1
+    assert added[table["pieces"] == 1].max(initial=0) == 0
+    split = table["pieces"] > 1
+    assert added[split & ~last] == pytest.approx(part)
+    assert added[split & last] == pytest.approx(part * (1 + table["pieces"][split & last]))
+
+
 def test_sharing_the_work_pays():
     assert schedule.speedup("isonet18", 1, schedule.Machine()) == 1
     assert schedule.speedup("isonet18", 2, schedule.Machine()) > 1.5

@@ -10,7 +10,7 @@ import torch
 
 from isonet_fast import OrthoRegularizer
 from isonet_fast.geometry import Layer
-from isonet_fast.kernels import grad, gram, pack, packed
+from isonet_fast.kernels import grad, gram, pack, packed, pieces
 from isonet_fast.kernels import plan as planning
 from isonet_fast.problem import Problem
 
@@ -162,9 +162,9 @@ def walk_gram(plan):
     """Multiply-adds of the gram tiles, from their table alone; one product fewer where both sides are the same rows."""
     work = 0
     for tile, table in plan.gram_tiles.items():
-        taps = table["depth"].astype(np.int64) * table["height"] * table["width"]
+        columns = (table["last"].astype(np.int64) - table["first"]) * tile.chunk
         products = plan.variant.products - (table["a_row"] == table["b_row"]) * (plan.variant.products == 3)
-        work += int((taps * table["columns"] * products).sum()) * tile.block**2
+        work += int((columns * products).sum()) * tile.block**2
     return work
 
 
@@ -184,8 +184,12 @@ def test_summary_counts_what_the_tables_say(precision):
     layers += (Layer((6, 5, 2, 2, 3), (1, 2, 1), (1, 1, 1), 1, "lorth"),)
     plan = make(layers, precision, "tma" if precision is None else "highest")
     assert sum(r.padded_flops for r in plan.summary()) == 2 * (walk_gram(plan) + walk_grad(plan))
-    assert sum(r.gram_tiles for r in plan.summary()) == plan.partials == sum(map(len, plan.gram_tiles.values()))
-    assert sum(r.grad_tiles for r in plan.summary()) == sum(map(len, plan.grad_tiles.values()))
+    assert sum(r.gram_tiles for r in plan.summary()) == plan.partials == count(plan.gram_tiles)
+    assert sum(r.grad_tiles for r in plan.summary()) == count(plan.grad_tiles)
+
+
+def count(tiles):
+    return sum(int((table["piece"] == 0).sum()) for table in tiles.values())
 
 
 def test_layers_stay_together_those_without_short_tiles_first():
@@ -200,8 +204,7 @@ def test_layers_stay_together_those_without_short_tiles_first():
     assert sum(plan.packed[n].plane_rows * 256 * 4 for n in last) <= planning.L2_BYTES
     order = [(plan._shortest(n), plan._longest(n)) for n in dict.fromkeys(layers[:start])]
     assert order == sorted(order, reverse=True)
-    steps = table[start:]["depth"] * table[start:]["height"] * table[start:]["width"] * table[start:]["columns"]
-    steps = steps * np.where(table[start:]["a_row"] == table[start:]["b_row"], 2, 3)
+    steps = table[start:]["last"] * np.where(table[start:]["a_row"] == table[start:]["b_row"], 2, 3)
     assert (np.diff(steps) <= 0).all() and steps[0] > steps[-1]
 
 
@@ -214,13 +217,49 @@ def test_the_last_layers_are_those_that_the_cache_holds():
     assert order(table, steps, {7: 1, 3: 1, 5: 3 * size})["layer"].tolist() == [7, 7, 3, 3, 5, 5]
 
 
-def test_a_share_that_one_large_tile_would_prolong_takes_small_ones():
-    """Of 64 ranks, one has little more than t = 0 of a 512-channel layer: ten large tiles, or 36 of half the time."""
+def test_no_tile_of_a_whole_network_is_split():
+    for depth in BLOCKS:
+        plan = make(network(depth, False))
+        assert (plan.gram_parts, plan.grad_parts, plan.arrivals) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_pieces_of_a_share_make_up_its_tiles(precision):
+    """Each step is in one piece; the parts of a tile lie together, no two tiles share a part or a place to count in."""
     layers = network(50, False)
-    for rank in range(0, 64, 21):
-        shared = planning.Plan(Problem(layers, (1.0,) * len(layers), None, (rank, 64)), "tma")
-        assert list(shared.gram_tiles) == [shared.variant.gram[-1]]
-    assert list(make(layers).gram_tiles) == [make(layers).variant.gram[0]]
+    variant = "tma" if precision is None else precision
+    for rank in (0, 5):
+        plan = planning.Plan(Problem(layers, (1.0,) * len(layers), precision, (rank, 8)), variant)
+        used, counted = {"gram": [], "grad": []}, []
+        for kind, tables in (("gram", plan.gram_tiles), ("grad", plan.grad_tiles)):
+            for table in tables.values():
+                split = table[table["pieces"] > 1]
+                assert len(split) < len(table)
+                for arrival in np.unique(split["arrival"]):
+                    pieces = np.sort(split[split["arrival"] == arrival], order="piece")
+                    assert (
+                        pieces["piece"].tolist() == list(range(len(pieces))) and (pieces["pieces"] == len(pieces)).all()
+                    )
+                    used[kind] += (pieces["first_part"] + pieces["piece"]).tolist()
+                    counted.append(arrival)
+                    if kind == "gram":
+                        assert pieces["first"].tolist() == [0, *pieces["last"][:-1]]
+                        assert len(np.unique(pieces[["layer", "a_row", "b_row", "out_row", "out_column"]])) == 1
+        assert sorted(used["gram"]) == list(range(plan.gram_parts))
+        assert sorted(used["grad"]) == list(range(plan.grad_parts))
+        assert sorted(counted) == list(range(plan.arrivals))
+        assert sum(r.padded_flops for r in plan.summary()) == 2 * (walk_gram(plan) + walk_grad(plan))
+
+
+def test_pieces_end_earlier_than_whole_sums():
+    """10 long sums and 200 short ones on 132 multiprocessors: no longer than a fair share and a piece."""
+    steps = np.array([72] * 10 + [8] * 200)
+    chosen = pieces.balanced(steps, np.ones(len(steps)), 1.5, 1.0)
+    times = np.sort(chosen.times(np.ones(len(steps)), 1.5, 1.0))[::-1]
+    assert pieces.makespan(times) < 0.45 * 73.5
+    assert np.bincount(chosen.row, weights=chosen.last - chosen.first).tolist() == steps.tolist()
+    equal = np.full(400, 9)
+    assert (pieces.balanced(equal, np.ones(400), 1.5, 1.0).pieces == 1).all()
 
 
 def test_a_second_launch_of_gradient_tiles_must_pay():
@@ -292,5 +331,5 @@ def test_rejects_more_than_32_bits_can_name(shape):
 )
 def test_kernels_read_the_columns_by_their_names(table, module, prefix):
     for name in table.names:
-        if name not in ("unused", "layer") or hasattr(module, f"{prefix}_{name.upper()}"):
+        if name not in ("unused", "layer", *pieces.COLUMNS.split()[1:]) or hasattr(module, f"{prefix}_{name.upper()}"):
             assert getattr(module, f"{prefix}_{name.upper()}").value * 4 == table.fields[name][1]

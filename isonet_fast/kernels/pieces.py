@@ -1,0 +1,93 @@
+"""Sums of tiles that are split between programs, so that no program takes longer than its share of a launch.
+
+Each program stores its piece in `parts` and counts it in `arrivals`; the one that counts last adds the pieces up, in
+their order, and finishes the tile. So a tile has the same bits whichever program that is, and none waits for another.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import triton
+import triton.language as tl
+
+MULTIPROCESSORS = 132  # of an H100 or H200
+SHARES = np.linspace(1.4, 0.4, 21)
+
+# Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
+# begin, and where in `arrivals` they are counted.
+COLUMNS = "pieces piece first_part arrival"
+
+
+@triton.jit
+def store_piece(acc, parts, arrivals, columns):
+    """Store the piece that COLUMNS, at `columns`, tell of. Whether it is the last one of its tile to come."""
+    r = tl.arange(0, acc.shape[0])
+    c = tl.arange(0, acc.shape[1])
+    part = (tl.load(columns + 2) + tl.load(columns + 1)).to(tl.int64) * (acc.shape[0] * acc.shape[1])
+    tl.store(parts + part + r[:, None] * acc.shape[1] + c[None, :], acc)
+    tl.debug_barrier()  # every thread has stored before one of them counts
+    return tl.atomic_add(arrivals + tl.load(columns + 3), 1, sem="acq_rel") == tl.load(columns) - 1
+
+
+@triton.jit
+def add_pieces(parts, columns, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns `at` to `at` + WIDTH of a tile whose pieces are all there."""
+    r = tl.arange(0, ROWS)
+    c = tl.arange(0, WIDTH)
+    first = parts + tl.load(columns + 2).to(tl.int64) * (ROWS * COLUMNS) + at + r[:, None] * COLUMNS + c[None, :]
+    acc = tl.load(first, cache_modifier=".cg")  # from where other multiprocessors have written it
+    for piece in range(1, tl.load(columns)):
+        acc += tl.load(first + piece * (ROWS * COLUMNS), cache_modifier=".cg")
+    return acc
+
+
+class Pieces(NamedTuple):
+    """Rows of a table, some of them several times."""
+
+    row: np.ndarray
+    piece: np.ndarray
+    pieces: np.ndarray
+    first: np.ndarray  # step
+    last: np.ndarray
+
+    def times(self, step: np.ndarray, tile: float, part: float) -> np.ndarray:
+        """What each piece takes if a step takes `step`, a tile's beginning and end `tile`, and storing or loading a
+        piece `part`. The last one also adds them up."""
+        moved = np.where(self.pieces > 1, 1 + np.where(self.piece == self.pieces - 1, self.pieces, 0), 0)
+        return tile + (self.last - self.first) * step[self.row] + part * moved
+
+
+def cut(steps: np.ndarray, most: np.ndarray) -> Pieces:
+    """Sums of so many steps, cut into pieces of at most so many."""
+    pieces = -(-steps // most)
+    row = np.repeat(np.arange(len(steps)), pieces)
+    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    first = piece * most[row]
+    return Pieces(row, piece, pieces[row], first, np.minimum(first + most[row], steps[row]))
+
+
+def balanced(steps: np.ndarray, step: np.ndarray, tile: float, part: float) -> Pieces:
+    """Whole sums, if none takes longer than all take together on the multiprocessors; else the pieces that end first,
+    of those that some share of that time, or some part of the longest, allows."""
+    whole = cut(steps, steps)
+    time = whole.times(step, tile, part)
+    together = time.sum() / MULTIPROCESSORS
+    if time.max() <= together:
+        return whole
+    limits = np.concatenate([SHARES * together, time.max() / np.arange(1, 9)])
+    tried = [cut(steps, np.clip((limit - tile) / step, 1, steps).astype(np.int64)) for limit in limits]
+    return min(tried, key=lambda pieces: makespan(np.sort(pieces.times(step, tile, part))[::-1].tolist()))
+
+
+def makespan(times: Iterable[float], multiprocessors: int = MULTIPROCESSORS) -> float:
+    """When the last program ends if each starts, in order, where one is free."""
+    busy = [0.0] * multiprocessors
+    for time in times:
+        heapq.heapreplace(busy, busy[0] + time)
+    return max(busy)
