@@ -17,8 +17,8 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Place(NamedTuple):
-    """A gradient's place: in the whole, and in its dtype's region."""
+class GradientSlot(NamedTuple):
+    """Where one gradient lies: `at` in the buffer of all, `at_in_region` in the buffer of its dtype."""
 
     region: int
     shape: tuple[int, ...]
@@ -28,14 +28,14 @@ class Place(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """The layout: `regions` are (dtype, start, end) of what is of one dtype."""
+    """The layout. `regions`: (dtype, start, end) of the gradients of each dtype in the buffer of all."""
 
     size: int
-    places: list[Place]
+    places: list[GradientSlot]
     regions: list[tuple[torch.dtype, int, int]]
 
     def wide_views(self, flat: Tensor) -> list[Tensor]:
-        """Every gradient, before it is rounded."""
+        """One view per weight of the buffer of all, before the gradients are rounded to their dtypes."""
         return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
 
     def buffers(self, flat: Tensor) -> list[Tensor]:
@@ -66,14 +66,14 @@ def lay_out(weights: Sequence[Tensor]) -> Flat:
 
 
 def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Flat:
-    places: dict[int, Place] = {}
+    places: dict[int, GradientSlot] = {}
     regions: list[tuple[torch.dtype, int, int]] = []
     at = 0
     for dtype in DTYPES:
         start = at
         members = [(n, shape, strides) for n, (shape, strides, own) in enumerate(described) if own == dtype]
         for n, shape, strides in members:
-            places[n] = Place(len(regions), tuple(shape), strides, at, at - start)
+            places[n] = GradientSlot(len(regions), tuple(shape), strides, at, at - start)
             at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
         if members:  # empty ones too have a buffer to be views of
             regions.append((dtype, start, at))
