@@ -16,13 +16,13 @@ import triton.language as tl
 from .layout import PANEL, RESIDUAL_PANEL, field, int32_columns
 from .pieces import COLUMNS, add_pieces, store_piece
 
-# One row per tile, or per piece of a tile. Overlapping taps lie in planes of `height` x `width`; the first pair is in
-# rows `a_row` and `b_row` of `planes`, and a step along each side is so many rows further. For each pair `columns` are
-# contracted, a chunk per step; `first` and `last` are steps. `out` and `mirror` are the places of the tile and of its
-# transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal entries; the tile's
+# One row per tile, or per piece of a tile. A rectangle of overlapping taps is `depth` x `height` x `width`; its first
+# pair is in rows `a_row` and `b_row` of `planes`, and a step along each side is so many rows further. `columns` are
+# contracted, a chunk per step; a piece is steps `first` to `last`. `out` and `mirror` are the places of the tile and of
+# its transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal entries; the tile's
 # square sum counts `halves` times one half. pieces.py tells of the last four.
 GRAM = int32_columns(
-    "partial layer a_row b_row first last height width depth_step height_step width_step panel_rows columns "
+    "partial layer a_row b_row first last depth height width depth_step height_step width_step panel_rows columns "
     "out_row out_column mirror_row mirror_column ones halves " + COLUMNS,
     width=24,
 )
@@ -32,6 +32,7 @@ TILE_A_ROW = field(GRAM, "a_row")
 TILE_B_ROW = field(GRAM, "b_row")
 TILE_FIRST = field(GRAM, "first")
 TILE_LAST = field(GRAM, "last")
+TILE_DEPTH = field(GRAM, "depth")
 TILE_HEIGHT = field(GRAM, "height")
 TILE_WIDTH = field(GRAM, "width")
 TILE_DEPTH_STEP = field(GRAM, "depth_step")
@@ -109,7 +110,7 @@ def gram_kernel(
     a_row = tl.load(tile + TILE_A_ROW)
     b_row = tl.load(tile + TILE_B_ROW)
     first = tl.load(tile + TILE_FIRST)
-    last = tl.load(tile + TILE_LAST)
+    depth = tl.load(tile + TILE_DEPTH)
     height = tl.load(tile + TILE_HEIGHT)
     width = tl.load(tile + TILE_WIDTH)
     depth_step = tl.load(tile + TILE_DEPTH_STEP)
@@ -117,6 +118,8 @@ def gram_kernel(
     width_step = tl.load(tile + TILE_WIDTH_STEP)
     panel_rows = tl.load(tile + TILE_PANEL_ROWS)
     chunks = tl.load(tile + TILE_COLUMNS) // CHUNK
+    # `last` is never the larger. With a number from memory as the loops' bound, ptxas runs out of registers on sm_80
+    last = tl.minimum(tl.load(tile + TILE_LAST), depth * height * width * chunks)
     r = tl.arange(0, BLOCK)
     k = tl.arange(0, CHUNK)
     inside = r[:, None] * PANEL + k[None, :]

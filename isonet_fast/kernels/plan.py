@@ -218,13 +218,14 @@ class Plan:
         plane = p.plane_base + block * p.layer.taps * p.tap_rows
         out = p.residual_base + (block * len(p.offsets) + index) * p.offset_rows
         filled = np.array([p.filled(b) for b in range(p.blocks)], np.int64)[block]
-        _, height, width = (k - abs(x) for k, x in zip(p.kernel, (tz, ty, tx), strict=True))
+        depth, height, width = (k - abs(x) for k, x in zip(p.kernel, (tz, ty, tx), strict=True))
         return _table(
             GRAM,
             layer=n,
             a_row=plane + u * p.tap_rows + r,
             b_row=plane + v * p.tap_rows + c,
             last=p.layer.overlap(t) * pad(p.columns, 64) // self._gram_tile[n].chunk,
+            depth=depth,
             height=height,
             width=width,
             depth_step=ky * kx * p.tap_rows,
