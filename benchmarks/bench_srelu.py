@@ -27,12 +27,23 @@ from .harness import Contender, Session, Workload, dtype_name, error, parser
 Shape = tuple[int, ...]
 LARGE = 256 << 20  # bytes of a tensor that no cache holds a part of worth having; below, a CUDA graph hides the host
 TOLERANCE = 1e-3  # of float32 sums over millions; outputs and masks are exact
-TENSORS = {  # read or written by each op: forward, backward
-    "srelu": (2, 3),
-    "residual_srelu": (3, 3),
-    "residual_srelu, scale": (3, 5),
-}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Op(NamedTuple):
+    forward: int  # tensors read or written; all but the last are inputs
+    backward: int
+    network: str  # whose activations are taken: what this layer sees
+    layer: type
+    official: Callable
+    ours: Callable
+
+
+OPS = {
+    "srelu": Op(2, 3, "isonet50", SReLU, providers.official_srelu, srelu),
+    "residual_srelu": Op(3, 3, "risonet50", ResidualSReLU, providers.official_join, residual_srelu),
+    "residual_srelu, scale": Op(3, 5, "risonet50", ResidualSReLU, providers.official_join, residual_srelu),
+}
 
 
 class ActivationCase(NamedTuple):
@@ -72,18 +83,18 @@ def cases(session: Session) -> list[ActivationCase]:
     """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and
     two sizes of which one stays in a cache, in both layouts."""
     if session.dry:
-        return [ActivationCase(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in TENSORS]
+        return [ActivationCase(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in OPS]
     batches = (256, 32) if session.cuda else (8, 2)
     found = []
-    for batch, op, dtype, layout in itertools.product(batches, TENSORS, (torch.bfloat16, torch.float32), LAYOUTS):
-        of = ("isonet50", SReLU) if op == "srelu" else ("risonet50", ResidualSReLU)
-        found += [ActivationCase(op, shape, dtype, layout) for shape in activation_shapes(*of, batch)]
+    for batch, op, dtype, layout in itertools.product(batches, OPS, (torch.bfloat16, torch.float32), LAYOUTS):
+        shapes = activation_shapes(OPS[op].network, OPS[op].layer, batch)
+        found += [ActivationCase(op, shape, dtype, layout) for shape in shapes]
     if session.quick:
         few = [case for case in found if case.shape[0] == batches[0]]
         found = [case for case in few if _shown(session, case)]
         if not session.cuda:
             sizes = (32, 64, 56, 56), (32, 256, 14, 14)
-            formats = itertools.product(list(TENSORS)[:2], sizes, (torch.float32,), LAYOUTS)
+            formats = itertools.product(("srelu", "residual_srelu"), sizes, (torch.float32,), LAYOUTS)
             found += [ActivationCase(*one) for one in formats]
     return sorted(found, key=lambda case: not case.head)
 
@@ -116,7 +127,7 @@ class Inputs:
             values = grid(case.shape, generator).to(case.dtype)
             return values.to(memory_format=LAYOUTS[case.layout]).requires_grad_()
 
-        activations = [activation() for _ in range(1 if case.op == "srelu" else 2)]
+        activations = [activation() for _ in range(OPS[case.op].forward - 1)]
         bias = (grid((case.shape[1],), generator) / 4).requires_grad_()  # a float32 master, as under autocast
         scale = [torch.full((), 0.5, device=device, requires_grad=True)] if case.op.endswith("scale") else []
         self.arguments = [*activations, bias, *scale]
@@ -174,15 +185,12 @@ def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[]
 def run_case(session: Session, case: ActivationCase, compile: bool = False) -> None:
     size = math.prod(case.shape) * case.dtype.itemsize
     count = max(1, min(8, math.ceil(2 * session.clock.cache_bytes / size)))
-    forward, backward = TENSORS[case.op]
-    tensors = {"forward": forward, "backward": backward, "forward+backward": forward + backward}
-    official, ours = (
-        (providers.official_srelu, srelu) if case.op == "srelu" else (providers.official_join, residual_srelu)
-    )
-    functions = {"official": official, "isonet_fast": ours}
+    op = OPS[case.op]
+    tensors = {"forward": op.forward, "backward": op.backward, "forward+backward": op.forward + op.backward}
+    functions = {"official": op.official, "isonet_fast": op.ours}
     if compile:
         del tensors["backward"]  # compiled backwards may not keep their graph
-        functions["compile"] = providers.compiled(official, session.dry, "max-autotune-no-cudagraphs")
+        functions["compile"] = providers.compiled(op.official, session.dry, "max-autotune-no-cudagraphs")
 
     def build(mode: str) -> list[Contender]:
         sets = [Inputs(case, session.device, seed) for seed in range(count)]
