@@ -12,7 +12,7 @@ import isonet_fast
 
 PACKAGE = Path(isonet_fast.__file__).parent
 
-# DESIGN section 4
+# What users import, whatever else changes.
 NAMES = [
     "functional.srelu",
     "functional.residual_srelu",
@@ -181,7 +181,7 @@ def imports(path):
             yield from (f"{stem}.{alias.name}" for alias in node.names)
 
 
-# DESIGN section 5: train -> models, nn, regularizer -> functional -> ops -> kernels
+# docs/design.md: train -> models, nn, regularizer -> functional -> ops -> kernels
 FORBIDDEN = {
     "reference.py": ["isonet_fast"],
     "geometry.py": ["isonet_fast", "torch"],

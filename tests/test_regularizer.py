@@ -11,7 +11,8 @@ from isonet_fast import OrthoRegularizer
 
 from .regularized import DOUBLE, assert_grads, both_forms, by_reference, grads, loss_form, network
 
-# loss and gradient against the float64 reference: DESIGN 2.4 on the GPU, rounding of float32 GEMMs on the CPU
+# Loss and gradient against the float64 reference: bf16x3 and bf16 products on the GPU (docs/design.md, "The penalty's
+# precision"), rounding of float32 GEMMs on the CPU
 TOLERANCE = {
     ("cpu", DOUBLE): (1e-12, 1e-12),
     ("cuda", DOUBLE): (1e-12, 1e-12),
