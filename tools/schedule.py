@@ -32,8 +32,8 @@ import torch
 
 from isonet_fast import OrthoConv2d, models
 from isonet_fast.geometry import Layer
-from isonet_fast.kernels.pieces import makespan
 from isonet_fast.kernels.plan import Plan
+from isonet_fast.kernels.split_k import makespan
 from isonet_fast.problem import Problem
 from isonet_fast.regularizer import official_filter
 

@@ -33,15 +33,15 @@ from .layout import (
     side,
     tap_offset,
 )
-from .pieces import COLUMNS, add_pieces, store_piece
+from .split_k import SPLIT_COLUMNS, add_pieces, store_piece
 
 # One row per tile of one dL/dA_u, or per piece of a tile. `row`, `column`, `block` and `tap` say where it is stored.
 # The runs from `first_run` on read R as it is stored, at `r_row` of `residual`, those from `middle_run` to `last_run`
 # read it transposed, at `t_row` and `t_column`; those of a piece are a part of its tile's. A begins at `a_row` and
-# `a_column` of `planes`. `contracted` rows of A are summed over. pieces.py tells of the last four.
+# `a_column` of `planes`. `contracted` rows of A are summed over. split_k.py tells of the last four.
 GRAD = int32_columns(
     "layer block row column tap first_run middle_run last_run r_row t_row t_column a_row a_column panel_rows "
-    "contracted " + COLUMNS,
+    "contracted " + SPLIT_COLUMNS,
     width=20,
 )
 # What one loop contracts: a rectangle of taps, from its index `first` to `last`, in lines of `width`. R and A begin at
@@ -82,7 +82,7 @@ def grad_kernel(
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
     hi,  # (rows, PANEL): boxes of (DEPTH, COLUMNS)
     out,  # float32: what the views' addresses are relative to, unless they are added to
-    parts,  # float32 (parts, ROWS, COLUMNS): pieces of tiles, see pieces.py
+    parts,  # float32 (parts, ROWS, COLUMNS): pieces of tiles, see split_k.py
     arrivals,  # int32, 0
     tiles,  # int32 (tiles, GRAD_WIDTH)
     runs,  # int32 (runs, RUN_LENGTH)

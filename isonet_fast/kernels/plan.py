@@ -20,8 +20,8 @@ from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
 from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad, shapes
-from .pieces import Pieces, balanced
 from .runs import append_part, append_runs
+from .split_k import Pieces, balanced
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
 L2_BYTES = 30 << 20  # of an H100's 50 MB: half of it may belong to the other half of the chip
@@ -61,7 +61,7 @@ class Plan:
     residual_shape: tuple[int, int]
     pack_tiles: np.ndarray
     partial_ranges: np.ndarray  # of each layer its first partial, and how many
-    gram_parts: int  # pieces of the tiles that are split: pieces.py
+    gram_parts: int  # pieces of the tiles that are split: split_k.py
     grad_parts: int
     arrivals: int  # tiles that are split
     runs: np.ndarray

@@ -1,4 +1,4 @@
-"""Sums of tiles that are split between programs, so that no program takes longer than its share of a launch.
+"""Split-K: sums of tiles that are split between programs, so that no program takes longer than its share of a launch.
 
 Each program stores its piece in `parts` and counts it in `arrivals`; the one that counts last adds the pieces up, in
 their order, and finishes the tile. So a tile has the same bits whichever program that is, and none waits for another.
@@ -17,16 +17,16 @@ import triton
 import triton.language as tl
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-SHARES = np.linspace(1.4, 0.4, 21)
+SHARES = np.linspace(1.4, 0.4, 21)  # of the time that all tiles take together: lengths of pieces to try
 
 # Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
 # begin, and where in `arrivals` they are counted.
-COLUMNS = "pieces piece first_part arrival"
+SPLIT_COLUMNS = "pieces piece first_part arrival"
 
 
 @triton.jit
 def store_piece(acc, parts, arrivals, columns):
-    """Store the piece that COLUMNS, at `columns`, tell of. Whether it is the last one of its tile to come."""
+    """Store the piece that SPLIT_COLUMNS, at `columns`, tell of. Whether it is the last one of its tile to come."""
     r = tl.arange(0, acc.shape[0])
     c = tl.arange(0, acc.shape[1])
     part = (tl.load(columns + 2) + tl.load(columns + 1)).to(tl.int64) * (acc.shape[0] * acc.shape[1])
