@@ -151,7 +151,7 @@ def test_what_is_left_is_listed_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "plain" not in text
 
 
-def test_not_a_module() -> None:
+def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(TypeError, match="got list"):
         convert([nn.Conv2d(1, 1, 1)])  # type: ignore[arg-type]
 

@@ -188,7 +188,7 @@ def test_no_layer_needs_the_package_afterwards(name):
     assert "isonet_fast" not in getattr(layer, "code", "")
 
 
-def test_not_a_module():
+def test_what_is_no_module_is_refused():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
         deconvert({})
 

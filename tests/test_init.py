@@ -44,7 +44,7 @@ def test_a_linear_weight_becomes_the_identity(shape):
 
 
 @pytest.mark.parametrize("make", [lambda w: w.to(memory_format=torch.channels_last), lambda w: w.transpose(2, 3)])
-def test_any_memory_format(make):
+def test_delta_is_written_in_any_memory_format(make):
     weight = make(torch.full((8, 4, 3, 3), 7.0))
     init.delta_(weight)
     assert torch.equal(weight, nn.init.dirac_(torch.empty(8, 4, 3, 3)))

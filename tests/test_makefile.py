@@ -35,7 +35,7 @@ def refused(result, reason):
 
 
 @pytest.mark.parametrize("targets", [*((target,) for target in TARGETS[:2]), TARGETS[:2]], ids="+".join)
-def test_without_a_gpu(targets):
+def test_without_a_gpu_make_does_nothing(targets):
     before = files()
     refused(make(*targets, python=sys.executable), "can use no GPU: ")
     assert files() == before

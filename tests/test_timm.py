@@ -78,7 +78,7 @@ def test_forward_backward_and_checkpointing(name):
 
 
 @every_network
-def test_configuration_and_classifier(name):
+def test_the_configuration_names_layers_that_are_there(name):
     model, x = on_meta(name)
     cfg = model.default_cfg
     assert cfg["classifier"] + ".weight" in model.state_dict() and cfg["first_conv"] + ".weight" in model.state_dict()

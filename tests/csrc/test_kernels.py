@@ -122,7 +122,7 @@ def test_without_elements_the_gradients_of_the_parameters_are_zero(device: torch
             assert not any(g.any() for g in grads)
 
 
-def test_mixed_memory_orders(device: torch.device) -> None:
+def test_memory_orders_of_inputs_and_gradients_may_differ(device: torch.device) -> None:
     """The gradient of a channels_last output may arrive contiguous or expanded; the join's inputs may differ too."""
     bias, scale = torch.randn(6, device=device), torch.tensor(0.5, device=device)
     x = torch.randn(2, 6, 5, 4, device=device)
@@ -236,7 +236,7 @@ def test_cuda_graph_and_streams(device: torch.device) -> None:
         same(a, c)
 
 
-def test_a_second_device(device: torch.device) -> None:
+def test_a_second_device_runs_its_own_launches(device: torch.device) -> None:
     """Launched where the tensors are, whichever device is current, on that device's stream."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("no second GPU")

@@ -114,7 +114,7 @@ def network():
     return [random_weight(spec[0]).requires_grad_() for spec in specs], geometry
 
 
-def test_a_mixed_list(kernel_calls):
+def test_small_and_large_layers_mix_in_one_list(kernel_calls):
     weights, geometry = network()
     coefficients = [0.1 * (n + 1) for n in range(len(weights))]
     total, losses = orthogonality.loss(weights, problem_of(weights, geometry, coefficients=coefficients))

@@ -145,7 +145,7 @@ def test_errors_name_the_argument(options, error):
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-def test_nms_by_hand():
+def test_nms_is_what_was_computed_by_hand():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8], [0, 0, 10, 6], [20, 20, 30, 30], [0, 0, 10, 10]])
     scores = torch.tensor([0.8, 0.9, 0.7, 0.1, 0.8])
     # IoU with the best one (row 1): 0.8, 1, 0.75, 0, 0.8; of rows 0 and 2: 0.6

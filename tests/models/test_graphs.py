@@ -146,7 +146,7 @@ def matrix_products(graph):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_quantised_after_export(residual, dynamic):
+def test_quantisation_after_export_keeps_the_logits(residual, dynamic):
     """PT2E: every convolution and linear layer of an exported network in int8, within 5 % of the largest logit.
 
     Strict export, because the quantizer knows a convolution by the function that was called."""

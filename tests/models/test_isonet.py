@@ -66,7 +66,7 @@ def test_networks_start_as_deltas_with_closed_branches() -> None:
             assert p.shape == (1, 1, 1, 1) and p.item() == 0
 
 
-def test_what_is_penalised() -> None:
+def test_every_convolution_but_the_stem_is_penalised() -> None:
     for name in ("isonet18", "risonet50"):
         model = getattr(models, name)()
         reg = isonet_fast.OrthoRegularizer(model)

@@ -154,7 +154,7 @@ def test_parameters_have_the_names_and_shapes_of_the_design(residual):
 
 
 @both_kinds
-def test_starts_as_published(residual):
+def test_a_network_starts_as_published(residual):
     """Every convolution a delta, biases -1, scales 0."""
     net = isonet_cifar(8, residual)
     for name, p in net.named_parameters():
@@ -195,7 +195,7 @@ def test_stages_halve_the_image_and_the_projection_is_strided(residual):
 
 @both_kinds
 @pytest.mark.parametrize("num_classes, in_channels", [(10, 3), (3, 1)])
-def test_any_image_size(residual, num_classes, in_channels):
+def test_images_of_any_size_give_logits(residual, num_classes, in_channels):
     net = isonet_cifar(8, residual, width=4, num_classes=num_classes, in_channels=in_channels)
     for size in (4, 7, 16):
         logits = net(torch.randn(3, in_channels, size, size + 1))

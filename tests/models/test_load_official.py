@@ -30,7 +30,7 @@ def net(seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("new_format", [True, False])  # the published files are of PyTorch 1.4: the old format
-def test_a_whole_snapshot(model: nn.Module, tmp_path: Path, new_format: bool) -> None:
+def test_a_whole_snapshot_loads(model: nn.Module, tmp_path: Path, new_format: bool) -> None:
     weights = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9).state_dict()
     contents = {"net": weights, "optim": optimizer, "epoch": 3, "train_accuracy": [0.5], "test_accuracy": [1.5]}
@@ -66,7 +66,7 @@ def plain() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_usual_layout(layout: str, model: nn.Module, tmp_path: Path) -> None:
+def test_every_usual_layout_loads(layout: str, model: nn.Module, tmp_path: Path) -> None:
     weights = plain()
     load_official(model, saved(tmp_path / "weights.pt", LAYOUTS[layout](weights)))
     same(model, weights)
@@ -100,7 +100,7 @@ def same(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     assert state.keys() == weights.keys() and all(torch.equal(state[name], weights[name]) for name in weights)
 
 
-def test_the_weights_alone(model: nn.Module, tmp_path: Path) -> None:
+def test_weights_without_the_rest_of_a_snapshot_load(model: nn.Module, tmp_path: Path) -> None:
     weights = net()
     load_official(model, saved(tmp_path / "weights.pt", weights))
     assert all(torch.equal(value, weights[f"module.{name}"]) for name, value in model.state_dict().items())
@@ -156,7 +156,7 @@ def test_anything_else_is_refused(model: nn.Module, tmp_path: Path, contents: ob
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000])
-def test_a_damaged_file(model: nn.Module, tmp_path: Path, keep: int) -> None:
+def test_a_damaged_file_is_named(model: nn.Module, tmp_path: Path, keep: int) -> None:
     path = saved(tmp_path / "cut.pt", {"net": net()})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"cut\.pt"):

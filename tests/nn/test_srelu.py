@@ -215,7 +215,7 @@ def test_folding_is_scaling_the_output(kind, s, device):
 
 @pytest.mark.parametrize("s", [0.0, 0.25, 0.3])
 @pytest.mark.parametrize("kind", ["plain", "conv bias"])
-def test_folding_under_autocast(kind, s):
+def test_folding_under_autocast_rounds_once(kind, s):
     """The weight is scaled in float32 and rounded once: no worse than rounding the output a second time."""
     conv, scale, x = folded_case(kind, s, torch.float32)
     exact = s * F.conv2d(x.double(), conv.weight.double(), None if conv.bias is None else conv.bias.double())

@@ -64,7 +64,7 @@ def step(f, view, seed=0):
 
 @pytest.mark.parametrize("f", PLAIN, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", VIEWS)
-def test_over_a_view(kind, f):
+def test_writing_over_a_view_gives_the_gradients_of_plain_pytorch(kind, f):
     for got, want in zip(step(f, VIEWS[kind]), step(PLAIN[f], VIEWS[kind]), strict=True):
         assert (got is None) == (want is None)
         if want is not None:

@@ -85,7 +85,7 @@ def test_at_scale_zero_the_shortcut_passes(device):
     assert not branch.grad.any() and scale.grad != 0
 
 
-def test_layouts_that_differ(device):
+def test_inputs_and_gradients_may_differ_in_layout(device):
     nchw = torch.randn(2, 6, 5, 4, device=device)
     last = torch.randn(2, 6, 5, 4, device=device).to(memory_format=torch.channels_last)
     bias, scale = torch.randn(6, device=device), torch.tensor(0.5, device=device)

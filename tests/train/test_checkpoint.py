@@ -120,6 +120,6 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "new.pt")
 
 
-def test_an_empty_directory(tmp_path: Path) -> None:
+def test_a_directory_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither latest\.pt nor previous\.pt"):
         checkpoint.load_latest(tmp_path)

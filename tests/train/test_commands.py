@@ -151,7 +151,7 @@ def test_errors_are_one_line(
     ],
     ids=["Python", "CUDA", "CPU"],
 )
-def test_out_of_memory(
+def test_out_of_memory_says_what_to_lower(
     error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:

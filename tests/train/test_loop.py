@@ -202,7 +202,7 @@ def test_data_of_another_kind_is_refused_on_resuming(small: Callable[..., Config
         Run(config, tmp_path, state)
 
 
-def test_on_the_device(small: Callable[..., Config], tmp_path: Path, device: torch.device) -> None:
+def test_an_epoch_trains_on_the_device(small: Callable[..., Config], tmp_path: Path, device: torch.device) -> None:
     """An epoch on whatever device the suite runs on, with all that concerns it."""
     settings = [f"device={device}", "precision=bfloat16", "channels_last=true", "model.residual=true", "model.width=16"]
     row = Run(small(*settings), tmp_path).fit()

@@ -87,7 +87,7 @@ def test_names_are_printed_on_one_line() -> None:
     assert printable("naïve \n\x1b[2J\udcff") == r"naïve \n\x1b[2J\udcff"
 
 
-def test_without_any_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs_without_any_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`>&-` leaves Python without a stream."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
