@@ -4,7 +4,8 @@
 
 The real kernels, with the meta-parameters that the launchers choose. Gates: no spills; shared memory within the
 chip's limit; both operands of every product in at least three buffers; no wait in a loop that drains all products or
-copies in flight; tensor-core instructions and asynchronous loads. `rows()` returns the table and the failed gates.
+copies in flight; tensor-core instructions and asynchronous loads; a piece of a tile is counted behind a barrier.
+`rows()` returns the table and the failed gates.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "a wait in the loop drains everything": not drained or not case.operands,
         "a product into the accumulator of another one, which Triton miscompiles for tcgen05": not chained,
         "tensor-core instructions": row["tensor_core"] > 0 or not case.tensor_core,
+        "a piece of a tile is counted before all of it is stored": not case.operands or counts_late(built.asm["ptx"]),
         "asynchronous loads": row["async_loads"] > 0 or not case.operands,
         "16-byte stores": row["stores_128"] > 0 or case.name == "finish" or not case.options.get("SAVE", True),
     }
@@ -151,6 +153,12 @@ def chains(ttir: str) -> bool:
     """Whether a product adds to what another one has just computed, not to what its loop carries (triton #10821)."""
     products = dict(re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%[^\s,]+)", ttir))
     return any(accumulator in products for accumulator in products.values())
+
+
+def counts_late(ptx: str) -> bool:
+    """Whether split_k.py counts a piece by an addition that releases and acquires, and a barrier after the stores."""
+    before, *after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u32", ptx)
+    return len(after) == 1 and "bar.sync" in before.rpartition("st.global")[2]
 
 
 def pipelining(ttgir: str) -> tuple[list[int], bool]:

@@ -36,6 +36,13 @@ def test_a_drain_is_noticed():
     assert lower_triton.pipelining("%x = ttg.local_alloc : () -> !ttg.memdesc<3x64x64xbf16, #s>")[0] == [3]
 
 
+def test_a_piece_that_is_counted_too_early_is_noticed():
+    store, barrier, count = "st.global.v4.b32 [%rd1], {%r1};", "bar.sync 0;", "atom.global.gpu.acq_rel.add.u32 %r2"
+    assert lower_triton.counts_late("\n".join([store, barrier, count, store]))
+    assert not lower_triton.counts_late("\n".join([barrier, store, count, store]))
+    assert not lower_triton.counts_late("\n".join([store, barrier, count.replace("acq_rel", "relaxed")]))
+
+
 def test_a_product_into_the_accumulator_of_another_is_noticed():
     """The tiles of sm_80 have such a pair, for want of registers: no chip that multiplies by tcgen05 may get them."""
     (pair,) = (case for case in lower_triton.cases(80) if case.name == "gram 64x64")
