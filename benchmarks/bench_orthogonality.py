@@ -40,18 +40,20 @@ def penalised(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def flops(convs: Sequence[nn.Conv2d], gradient: bool, cuda: bool) -> float:
-    """On a GPU: grams of half the offsets, three times (of t = 0 the tiles on or above the diagonal: half), and for the
-    gradient two products per offset, one at t = 0. On a CPU: what the closed form multiplies."""
+    """On a GPU: grams of half the units, three times (of unit 0 the tiles on or above the diagonal: half), and for the
+    gradient two products per gram, one at 0. On a CPU: what the closed form multiplies."""
     total = 0.0
     for conv in convs:
         geometry = checked_layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
         if not cuda:
             total += 2 * geometry.multiplications(geometry.form, gradient)
             continue
-        for t in geometry.offsets:
-            gram = geometry.gram_flops(t)
-            total += 3 * gram * (1.0 if any(t) else 0.5)
-            total += gradient * gram * (2 if any(t) else 1)
+        form = geometry.triton_form
+        for unit in geometry.units(form):
+            pairs = geometry.overlap(unit) if form == "overlap" else 2 if any(unit) else 1
+            gram = 2 * geometry.groups * geometry.rows**2 * geometry.columns * pairs
+            total += 3 * gram * (1.0 if any(unit) else 0.5)
+            total += gradient * gram * (2 if any(unit) else 1)
     return total
 
 

@@ -30,6 +30,10 @@ SMALL_FACTOR = 3
 # What packing an element of a weight and writing its gradient cost a rank, in multiplications. As tools/schedule.py
 # predicts for a GPU: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
 TOUCH = 550
+# The transforms of the frequency form take as long as its products where channels are few. Of the products of the form
+# over offsets it has 0.26 for 5x5, 0.34 for 3x3x3, and gains as tools/schedule.py predicts for a GPU; networks of few
+# channels would lose with 4x4 (0.38) and nine taps in one dimension (0.41).
+TRITON_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,17 @@ class Layer:
         factor = SMALL_FACTOR if self.small else 1
         saves = self.multiplications("overlap") > factor * self.multiplications("frequency")
         return "frequency" if saves and not self.thin else "overlap"
+
+    @cached_property
+    def triton_form(self) -> str:
+        """How the Triton kernels compute this layer: "frequency" where that takes at most TRITON_SHARE of the products.
+
+        A unit is multiplied as often as its residual has pairs of taps, or twice (cosine and sine), and half of that if
+        the residual is symmetric. So in the same measure offsets take taps^2 and n frequencies 2 n - 1. Strided layers
+        stay with offsets: fewer of their taps overlap. So do thin ones, as in the closed form.
+        """
+        saves = 2 * math.prod(self.grid) - 1 <= TRITON_SHARE * self.taps**2
+        return "frequency" if saves and self.taps and self._phases == 1 and not self.thin else "overlap"
 
     def units(self, form: str) -> tuple[tuple[int, ...], ...]:
         """Offsets or frequencies: what can be computed apart, and adds up."""

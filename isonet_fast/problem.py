@@ -12,7 +12,7 @@ import json
 from collections.abc import Hashable
 from typing import Any
 
-from .geometry import Layer, Offset, Precision, split_work
+from .geometry import Layer, Precision, split_work
 
 
 class Problem:
@@ -40,7 +40,6 @@ class Problem:
         # torch.compile traces this class, but no functools.cached_property
         self._text: str | None = None
         self._unique: Problem | None = None
-        self._offsets: tuple[tuple[Offset, ...], ...] | None = None
         self._units: dict[tuple[str, ...], tuple[tuple[tuple[int, ...], ...], ...]] = {}
         self._by_precision: list[tuple[list[int], Problem]] | None = None
 
@@ -63,13 +62,6 @@ class Problem:
         if self._unique is None:
             self._unique = read(self.text, tuple([layer.shape for layer in self.layers]))
         return self._unique
-
-    @property
-    def offsets(self) -> tuple[tuple[Offset, ...], ...]:
-        """The offsets of each layer that this rank computes."""
-        if self._offsets is None:
-            self._offsets = split_work(self.layers, *self.share)
-        return self._offsets
 
     def units(self, forms: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """The units of each layer that this rank computes, if every layer is computed in this form."""

@@ -28,6 +28,7 @@ try:
     from isonet_fast.kernels.grad import grad_kernel
     from isonet_fast.kernels.gram import gram_kernel
     from isonet_fast.kernels.pack import pack_kernel
+    from isonet_fast.kernels.transform import transform_back_kernel, transform_kernel
 except ImportError:  # not for this platform
     triton = None
 
@@ -36,6 +37,7 @@ POINTER_LIMIT = 101_376  # of sm_86, 89 and 120, which run the tiles of sm_80
 SHARED_LIMIT = {80: POINTER_LIMIT, 90: 232_448, 100: 232_448, 120: POINTER_LIMIT}
 TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA", 120: r"HMMA"}
 ASYNC_LOAD = {80: r"LDGSTS", 90: r"UTMALDG", 100: r"UTMALDG", 120: r"LDGSTS"}
+NARROW = ("finish", "transform back")  # kernels that store 4 bytes at a time
 DRAIN = re.compile(r"pendings = 0\b|async_wait[^:]*\bnum = 0\b")
 
 
@@ -55,9 +57,14 @@ def cases(arch: int) -> Iterator[Case]:
     for key in ("tma" if arch in (90, 100) else "pointer", "highest"):
         variant = tiles.VARIANTS[key]
         yield from _variant_cases(variant, "" if key != "highest" else " float32")
-    signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "constants": "*fp64"}
-    signature |= {"coefficients": "*fp64", "layers": "i32", "longest": "i32"}
+    signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "shares": "*fp64"}
+    signature |= {"constants": "*fp64", "coefficients": "*fp64", "layers": "i32", "longest": "i32"}
     yield Case("finish", finish_kernel, signature, tiles.FINISH_OPTIONS)
+    signature = {"spectrum": "*fp32", "tiles": "*i32", "waves": "*fp32", "views": "*i64", "scale": "fp32"}
+    for accumulate in (False, True):
+        name = "transform back" + (" accumulate" if accumulate else "")
+        flat = {} if accumulate else {"out": "*fp32"}
+        yield Case(name, transform_back_kernel, signature | flat, tiles.transform_back_options(accumulate))
 
 
 def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
@@ -70,6 +77,8 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
     signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
     signature |= {"arrivals": "*i32", "counted": "i32"}
     yield Case(f"pack{suffix}", pack_kernel, signature, tiles.pack_options(variant))
+    options = tiles.transform_options(fast)
+    yield Case(f"transform{suffix}", transform_kernel, signature | {"waves": "*fp32"}, options)
     for gram in variant.gram:
         box = plane(gram.block, gram.chunk)
         signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
@@ -144,7 +153,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "tensor-core instructions": row["tensor_core"] > 0 or not case.tensor_core,
         "a piece of a tile is counted before all of it is stored": not case.operands or counts_late(built.asm["ptx"]),
         "asynchronous loads": row["async_loads"] > 0 or not case.operands,
-        "16-byte stores": row["stores_128"] > 0 or case.name == "finish" or not case.options.get("SAVE", True),
+        "16-byte stores": row["stores_128"] > 0 or case.name.startswith(NARROW) or not case.options.get("SAVE", True),
     }
     return row, [f"{case.name} sm_{arch}: {gate}" for gate, holds in gates.items() if not holds]
 

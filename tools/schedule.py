@@ -1,7 +1,7 @@
 """What the penalty's launches should take: a plan's tables, scheduled on the multiprocessors of a GPU.
 
     python tools/schedule.py [isonet34 ...] [--l2-tbytes 5.5 ...]
-    python tools/schedule.py --frequency    # large and 3-d kernels, as they are computed and as a sum over frequencies
+    python tools/schedule.py --frequency    # what large and 3-d kernels gain by frequencies
 
 A model, of which no part was measured on a GPU. A launch's programs start in the order of their table, each on the
 first multiprocessor that is free. A program takes
@@ -32,6 +32,7 @@ import torch
 
 from isonet_fast import OrthoConv2d, models
 from isonet_fast.geometry import Layer
+from isonet_fast.kernels import tiles
 from isonet_fast.kernels.plan import Plan
 from isonet_fast.kernels.split_k import makespan
 from isonet_fast.problem import Problem
@@ -53,6 +54,7 @@ class Machine:
     floor_tflops: float = 790.0  # of one large product
     l2_tbytes: float = 7.0  # a second
     memory_tbytes: float = 4.4
+    float32_tflops: float = 30.0  # outside of the tensor cores, half of what they could
     tile_us: float = 2.0  # a tile's prologue and epilogue
     launch_us: float = 1.0  # from one kernel of a graph to the next
     finish_us: float = 7.0  # one program
@@ -101,16 +103,15 @@ def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
         part = 4 * gram.block**2
         yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step + pieces_us(table, part, machine)
     done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
-    for grad, table in plan.grad_tiles.items():
-        taps = done[table["last_run"]] - done[table["first_run"]]
-        steps = taps * (table["contracted"] // grad.depth)
-        elements = grad.rows * grad.columns
-        step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
-        written = np.where(
-            table["piece"] == table["pieces"] - 1, machine.store_us(elements * machine.gradient_bytes), 0
-        )
-        us = machine.tile_us + steps * step + pieces_us(table, 4 * elements, machine) + written
-        yield f"grad {grad.rows}x{grad.columns}", us
+    for of, tables, nbytes in (("", plan.grad_tiles, machine.gradient_bytes), (" of planes", plan.spectrum_tiles, 4)):
+        for grad, table in tables.items():
+            taps = done[table["last_run"]] - done[table["first_run"]]
+            steps = taps * (table["contracted"] // grad.depth)
+            elements = grad.rows * grad.columns
+            step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
+            written = np.where(table["piece"] == table["pieces"] - 1, machine.store_us(elements * nbytes), 0)
+            us = machine.tile_us + steps * step + pieces_us(table, 4 * elements, machine) + written
+            yield f"grad {grad.rows}x{grad.columns}{of}", us
 
 
 def pieces_us(table: np.ndarray, nbytes: int, machine: Machine) -> np.ndarray:
@@ -122,19 +123,36 @@ def pieces_us(table: np.ndarray, nbytes: int, machine: Machine) -> np.ndarray:
 def launches(plan: Plan, machine: Machine) -> list[Launch]:
     """Every launch of `accumulate_grad_` that another one waits for, in order."""
     made = [Launch("pack", pack_us(plan, machine), len(plan.pack_tiles), 1.0)] if len(plan.pack_tiles) else []
+    there, back = plan.spectrum.there, plan.spectrum.back
+    if len(there):
+        made.append(Launch("transform", transform_us(plan, machine, False), len(there), 1.0))
     finishing = [machine.finish_us]  # a launch beside the first of the gradient's, which it does not wait for
     for name, us in programs(plan, machine):
         if name.startswith("grad") and finishing:
             us, finishing = np.concatenate([finishing, us]), []
         took = makespan(us, machine.multiprocessors)
         made.append(Launch(name, took, len(us), us.sum() / machine.multiprocessors / took))
+    if len(back):
+        made.append(Launch("transform back", transform_us(plan, machine, True), len(back), 1.0))
     return made
 
 
 def pack_us(plan: Plan, machine: Machine) -> float:
     """Reading every weight of 4 bytes and writing its two planes, of 2 each."""
-    elements = sum(math.prod(p.layer.shape) for p in plan.packed if p.offsets)
+    elements = sum(math.prod(p.layer.shape) for p in plan.packed if p.units and not p.by_frequency)
     return 1e-6 * 8 * elements / machine.memory_tbytes
+
+
+def transform_us(plan: Plan, machine: Machine, back: bool) -> float:
+    """There: every weight of 4 bytes is read, of each frequency five hi and four lo planes are written. Back: 8 bytes
+    of D per frequency are read. Cosines and sines are multiplied outside of the tensor cores, in whole steps."""
+    pieces = plan.spectrum.back if back else plan.spectrum.there
+    options = tiles.transform_back_options(True) if back else tiles.transform_options(True)
+    size = options["ROWS"] * options["COLUMNS"]
+    taps, frequencies = pieces["taps"].astype(np.int64), pieces["frequencies"].astype(np.int64)
+    moved = size * (8 * frequencies + machine.gradient_bytes * taps if back else 9 * 2 * frequencies + 4 * taps)
+    waves = -(-frequencies // options["FREQUENCIES"]) * options["FREQUENCIES"] * pieces["half"]
+    return 1e-6 * max(moved.sum() / machine.memory_tbytes, 2 * 2 * size * waves.sum() / machine.float32_tflops)
 
 
 def total_us(plan: Plan, machine: Machine) -> float:
@@ -173,42 +191,21 @@ def chain(channels: Sequence[int], kernel: tuple[int, ...]) -> tuple[Layer, ...]
     return tuple(Layer((o, i, *kernel), ones, ones, 1, "isonet") for i, o in itertools.pairwise(channels))
 
 
-def frequency_us(layers: Sequence[Layer], machine: Machine) -> float:
-    """The frequency form of ops/frequency_form.py by launches like today's: transform, gram, grad, transform back.
+class OverOffsets(Layer):
+    """A layer that is computed over offsets whatever its kernel."""
 
-    Of a pair of frequencies, U = X X^T - 2 S C^T is two products in bf16x3, and Re X - U^T S and U C - Re X are four in
-    bf16: tiles that share Re X would need both accumulators. Planes of X, C, S go to memory as hi and lo, of the
-    gradient in float32, of U and Re in bf16.
-    """
-    gram, grad, moved = [], [], 0.0
-    for layer in sorted(layers, key=lambda layer: -layer.rows * layer.columns):
-        rows, columns, wide = layer.rows, layer.columns * math.prod(layer.phases), 256 if layer.columns >= 256 else 128
-        pairs = sum(map(any, layer.frequencies))
-        across, along = -(-rows // 128), -(-columns // wide)
-        depth, contracted = -(-columns // 64), -(-rows // 64)
-        step = machine.step_us(2 * 3 * 128 * 128 * 64, 4 * 128 * 64 * 2)
-        gram += [machine.tile_us + 2 * depth * step] * (pairs * across**2)
-        gram += [machine.tile_us + depth * step] * (across * (across + 1) // 2)  # at 0: symmetric
-        step = machine.step_us(2 * 128 * wide * 64, (128 + wide) * 64 * 2)
-        stored = machine.store_us(4 * 128 * wide)
-        grad += [machine.tile_us + 2 * contracted * step + stored] * (2 * pairs * across * along)
-        grad += [machine.tile_us + contracted * step + stored] * (across * along)
-        weights, plane = 4 * math.prod(layer.shape), rows * columns
-        moved += weights + 3 * 4 * pairs * plane  # there: read once; X, C, S
-        moved += 4 * pairs * rows**2  # U and Re
-        moved += 8 * pairs * plane + weights  # back
-    tiles = makespan(gram, machine.multiprocessors) + makespan(grad, machine.multiprocessors)
-    return tiles + 1e-6 * moved / machine.memory_tbytes + machine.finish_us + 6 * machine.launch_us
+    triton_form = "overlap"  # type: ignore[assignment]
 
 
 def report_frequency(machine: Machine) -> None:
-    """Print what the frequency form would gain on a GPU."""
-    print("predicted microseconds, a model: over offsets, as it is built; over frequencies; the gain")
+    """Print what the frequency form gains where the plan takes it."""
+    print("predicted microseconds, a model: over offsets; as planned; the gain")
     for kernel in KERNELS:
         for name, channels in CHANNELS.items():
             layers = chain(channels, kernel)
-            today, other = total_us(plan_of(layers), machine), frequency_us(layers, machine)
-            print(f"{'x'.join(map(str, kernel)):6} {name:11} {today:6.0f} {other:6.0f} {today / other:.2f}x")
+            offsets = tuple(OverOffsets(**dataclasses.asdict(layer)) for layer in layers)
+            over, planned = total_us(plan_of(offsets), machine), total_us(plan_of(layers), machine)
+            print(f"{'x'.join(map(str, kernel)):6} {name:11} {over:6.0f} {planned:6.0f} {over / planned:.2f}x")
 
 
 def report(networks: Iterable[str], machine: Machine) -> None:
@@ -233,7 +230,7 @@ def main() -> None:
     for assumption in dataclasses.fields(Machine):
         name = "--" + assumption.name.replace("_", "-")
         options.add_argument(name, type=type(assumption.default), default=assumption.default, help="%(default)s")
-    options.add_argument("--frequency", action="store_true", help="what a sum over frequencies would gain")
+    options.add_argument("--frequency", action="store_true", help="what a sum over frequencies gains")
     given = vars(options.parse_args())
     networks, frequency = given.pop("networks"), given.pop("frequency")
     if frequency:

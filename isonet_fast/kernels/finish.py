@@ -14,6 +14,7 @@ def finish_kernel(
     losses,  # float32 (layers,)
     partials,  # float32
     ranges,  # int32 (layers, 2): first partial, count
+    shares,  # float64 (layers,): what a sum is multiplied by
     constants,  # float64 (layers,)
     coefficients,  # float64 (layers,)
     layers,
@@ -33,7 +34,8 @@ def finish_kernel(
             index = at + tl.arange(0, PARTIALS)
             pointer = partials + first[:, None] + index[None, :]
             sums += tl.load(pointer, index[None, :] < count[:, None], other=0.0).to(tl.float64)
-        penalty = tl.sum(sums, 1) - tl.load(constants + layer, exists, other=0.0)
+        penalty = tl.sum(sums, 1) * tl.load(shares + layer, exists, other=0.0)
+        penalty -= tl.load(constants + layer, exists, other=0.0)
         tl.store(losses + layer, penalty.to(tl.float32), exists)
         total += penalty * tl.load(coefficients + layer, exists, other=0.0)
     tl.store(loss, tl.sum(total, 0).to(tl.float32))

@@ -1,6 +1,9 @@
-"""The orthogonality penalty of a list of weights and its gradient: at most six launches, however many layers.
+"""The orthogonality penalty of a list of weights and its gradient: a few launches, however many layers.
 
     loss: pack, gram (one launch per tile size), finish        gradient: grad (one launch per tile size)
+
+Layers that are computed over frequencies (`Layer.triton_form`) add a transform beside pack, and to the gradient a grad
+launch per tile size and a transform back.
 
 `accumulate_grad_` launches finish on a stream of its own, beside grad.
 
@@ -28,6 +31,7 @@ from .pack import pack_kernel
 from .packed import RESIDUAL_PANEL
 from .plan import Plan
 from .tables import Tables
+from .transform import transform_back_kernel, transform_kernel
 
 
 def tables_of(problem: Problem, device: torch.device) -> Tables:
@@ -70,14 +74,17 @@ def forward(
         partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
         parts = torch.empty(plan.gram_parts * plan.variant.gram[0].block ** 2, dtype=torch.float32, device=device)
         if arrivals is None:
-            arrivals = torch.empty(plan.arrivals, dtype=torch.int32, device=device)
+            arrivals = _arrivals(tables)
         losses = torch.empty(len(weights), dtype=torch.float32, device=device)
         loss = torch.empty((), dtype=torch.float32, device=device)
         arguments: tuple
+        view = tables.view("read", weights, stream)
         if len(plan.pack_tiles):
-            view = tables.view("read", weights, stream)
             arguments = (hi, lo, tables.pack.on(stream), view, arrivals, plan.arrivals)
             launch("pack", pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
+        if len(plan.spectrum.there):
+            arguments = (hi, lo, tables.there.on(stream), tables.waves.on(stream), view)
+            launch("transform", transform_kernel, len(plan.spectrum.there), arguments, tiles.transform_options(split))
         for tile, table in tables.gram.items():
             box = [tile.block, tile.chunk]
             planes = _plane(hi, box, plan), _plane(lo, box, plan)
@@ -89,8 +96,8 @@ def forward(
             stream = aside
         with contextlib.nullcontext() if aside is None else torch.cuda.stream(aside):
             arguments = (
-                loss, losses, partials, tables.ranges.on(stream), tables.constants.on(stream),
-                tables.coefficients.on(stream), len(weights), plan.longest_range,
+                loss, losses, partials, tables.ranges.on(stream), tables.shares.on(stream),
+                tables.constants.on(stream), tables.coefficients.on(stream), len(weights), plan.longest_range,
             )  # fmt: skip
             launch("finish", finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
     return loss, losses, [hi, residual] if save else []
@@ -128,7 +135,7 @@ def accumulate_grad_(
     with _on(tables.device) as stream:
         view = tables.view("add", grads, stream)
         # One program of finish keeps one multiprocessor busy: beside the gradient, which doesn't need the loss
-        arrivals = torch.empty(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
+        arrivals = _arrivals(tables)
         loss, losses, saved = forward(weights, problem, True, tables.aside, arrivals)
         if view is not None and not any(map(Tensor.is_neg, grads)):
             _grad(tables, saved, arrivals, view, stream, scale=float(scale))
@@ -164,24 +171,41 @@ def _grad_to_flat(
     return layout, flat
 
 
+def _arrivals(tables: Tables) -> Tensor:
+    """What gram counts in, and a gradient that follows at once: 0, or set to 0 by pack."""
+    make = torch.empty if len(tables.plan.pack_tiles) else torch.zeros
+    return make(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
+
+
 def _grad(
     tables: Tables, saved: Sequence[Tensor], arrivals: Tensor, view: Tensor, stream: Any,
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """One launch per tile size, into `flat` (times grad_output) or added to what the view points at (times scale)."""
-    plan, accumulate = tables.plan, flat is None
+    """Into `flat` (times grad_output), or added to what the view points at (times scale)."""
+    plan, device, largest = tables.plan, tables.device, tables.plan.variant.grad[0]
     hi, residual = saved
-    runs, factors = tables.runs.on(stream), tables.coefficients.on(stream)
-    largest = plan.variant.grad[0]
-    parts = torch.empty(plan.grad_parts * largest.rows * largest.columns, dtype=torch.float32, device=tables.device)
-    for tile, table in tables.grad.items():
-        arguments = (
-            _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
-            _plane(hi, [tile.depth, tile.columns], plan), flat, parts, arrivals, table.on(stream), runs, view, factors,
-            grad_output, scale,
-        )  # fmt: skip
-        options = tiles.grad_options(plan.variant, tile, accumulate)
-        tables.launches(("grad", tile, accumulate), grad_kernel, len(plan.grad_tiles[tile]), arguments, options)
+    parts = torch.empty(plan.grad_parts * largest.rows * largest.columns, dtype=torch.float32, device=device)
+    runs = tables.runs.on(stream)
+
+    def launch(made: dict, planned: dict, out: Tensor | None, *rest: Any) -> None:
+        """Per tile size, with `rest` of the kernel's arguments."""
+        for tile, table in made.items():
+            arguments = (
+                _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
+                _plane(hi, [tile.depth, tile.columns], plan), out, parts, arrivals, table.on(stream), runs, *rest,
+            )  # fmt: skip
+            options = tiles.grad_options(plan.variant, tile, out is None)
+            tables.launches(("grad", tile, out is None), grad_kernel, len(planned[tile]), arguments, options)
+
+    launch(tables.grad, plan.grad_tiles, flat, view, tables.coefficients.on(stream), grad_output, scale)
+    if len(plan.spectrum.back):
+        spectrum = torch.empty(plan.spectrum.size, dtype=torch.float32, device=device)
+        factor = tables.one.on(stream) if grad_output is None else grad_output
+        place, factors = tables.spectrum_view.on(stream), tables.spectrum_coefficients.on(stream)
+        launch(tables.spectrum, plan.spectrum_tiles, spectrum, place, factors, factor, 1.0)
+        arguments = (spectrum, flat, tables.back.on(stream), tables.waves.on(stream), view, scale)
+        options = tiles.transform_back_options(flat is None)
+        tables.launches(("back", flat is None), transform_back_kernel, len(plan.spectrum.back), arguments, options)
 
 
 def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:

@@ -1,9 +1,12 @@
 """Where every layer lies in the device's matrices, from shapes alone.
 
-    planes    (plane_rows, PANEL): A_u of every layer, group and tap u, as panels of PANEL columns
-        row = layer base + ((block * taps + u) * panels + n // PANEL) * padded + m
-    residual  (residual_rows, RESIDUAL_PANEL): R_t = G_t - [t = 0] I of every layer, group and offset t, in panels too
-        row = layer base + ((block * offsets + t) * panels + m' // RESIDUAL_PANEL) * padded + m
+    planes    (plane_rows, PANEL): every layer's and group's matrices that are multiplied, as panels of PANEL columns
+        row = layer base + ((block * planes + u) * panels + n // PANEL) * padded + m
+    residual  (residual_rows, RESIDUAL_PANEL): R of every layer, group and unit, in panels too
+        row = layer base + ((block * units + t) * panels + m' // RESIDUAL_PANEL) * padded + m
+
+In the form "overlap" a plane u is a tap, and a unit t is an offset between taps. In the form "frequency" units are
+frequencies, and each has the planes that transform.py describes.
 
 Panels of a fixed width make each of them one 2-D tensor, so that one host-made TMA descriptor per box shape serves
 every layer. Rows are padded with zeros to the tile. Small groups (a depthwise convolution has one row per group) are
@@ -17,12 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..geometry import Layer, Offset
+from ..geometry import Layer
 from ..problem import Problem
 from . import layout
 
 PANEL, RESIDUAL_PANEL = layout.PANEL.value, layout.RESIDUAL_PANEL.value
 ROW_BLOCK = 64  # the smallest tile; also the contraction step that padding must fill
+WAVES = ("C", "S", "P", "N", "-N")  # the planes of a frequency, see transform.py
+
+Unit = tuple[int, ...]
 
 
 def ceil(value: int, step: int) -> int:
@@ -38,10 +44,14 @@ class Packed:
     """Where one layer lies in the device's matrices. Independent of the variant, so that shapes can be foretold."""
 
     layer: Layer
-    offsets: tuple[Offset, ...]
+    units: tuple[Unit, ...]
     wide: bool  # tiles of 128 rows exist
     plane_base: int
     residual_base: int
+
+    @cached_property
+    def by_frequency(self) -> bool:
+        return self.layer.triton_form == "frequency"
 
     @cached_property
     def merged(self) -> int:
@@ -72,6 +82,54 @@ class Packed:
         return (1,) * (3 - len(k)) + k  # type: ignore[return-value]
 
     @cached_property
+    def parts(self) -> int:
+        """Frequencies, whose planes lie together; over offsets all taps do."""
+        return len(self.units) if self.by_frequency else 1
+
+    @cached_property
+    def part_planes(self) -> int:
+        return len(WAVES) if self.by_frequency else self.layer.taps
+
+    @cached_property
+    def part_gradients(self) -> int:
+        """Gradients of planes: of every tap, or of C and S."""
+        return 2 if self.by_frequency else self.layer.taps
+
+    @cached_property
+    def planes(self) -> int:
+        """Planes per block."""
+        return self.parts * self.part_planes
+
+    @cached_property
+    def gradients(self) -> int:
+        """Gradients of planes per block."""
+        return self.parts * self.part_gradients
+
+    @cached_property
+    def divisor(self) -> int:
+        """What a sum over units is divided by."""
+        return math.prod(self.layer.grid) if self.by_frequency else 1
+
+    def pairs(self, unit: Unit) -> int:
+        """Pairs of planes whose products add up to the residual of a unit."""
+        if self.by_frequency:
+            return 2 if any(unit) else 1
+        return self.layer.overlap(unit)
+
+    def factors(self, index: int) -> tuple[int, int, tuple[int, int, int]]:
+        """The first of these pairs, planes of a block, and the box that all of them fill."""
+        unit = self.units[index]
+        if self.by_frequency:  # C P^T + S N^T, or C C^T
+            first = index * len(WAVES)
+            return first, first + (2 if any(unit) else 0), (1, 1, self.pairs(unit))
+        _, ky, kx = self.kernel
+        tz, ty, tx = t = (0,) * (3 - len(unit)) + unit
+        u = (max(0, -tz) * ky + max(0, -ty)) * kx + max(0, -tx)
+        v = (max(0, tz) * ky + max(0, ty)) * kx + max(0, tx)
+        depth, height, width = (k - abs(x) for k, x in zip(self.kernel, t, strict=True))
+        return u, v, (depth, height, width)
+
+    @cached_property
     def padded(self) -> int:
         return pad(self.rows, 128 if self.wide else ROW_BLOCK)
 
@@ -85,11 +143,11 @@ class Packed:
 
     @cached_property
     def plane_rows(self) -> int:
-        return self.blocks * self.layer.taps * self.tap_rows if self.offsets else 0
+        return self.blocks * self.planes * self.tap_rows if self.units else 0
 
     @cached_property
     def residual_rows(self) -> int:
-        return self.blocks * len(self.offsets) * self.offset_rows
+        return self.blocks * len(self.units) * self.offset_rows
 
 
 def lay_out(problem: Problem) -> list[Packed]:
@@ -97,13 +155,14 @@ def lay_out(problem: Problem) -> list[Packed]:
     packed: list[Packed] = []
     plane = residual = 0
     fast = problem.precision is None
-    narrow = fast and _narrow_pays(problem.layers, problem.offsets)
-    for layer, ts in zip(problem.layers, problem.offsets, strict=True):
+    units = problem.units(tuple([layer.triton_form for layer in problem.layers]))
+    narrow = fast and _narrow_pays(problem.layers, units)
+    for layer, own in zip(problem.layers, units, strict=True):
         if math.prod(layer.shape) >= 2**31:
             raise ValueError(f"a weight of shape {layer.shape} has more elements than 32-bit offsets can name")
-        one = Packed(layer, tuple(ts), False, plane, residual)
+        one = Packed(layer, own, False, plane, residual)
         if fast and (not narrow or _suits_wide(one)):
-            one = Packed(layer, tuple(ts), True, plane, residual)
+            one = Packed(layer, own, True, plane, residual)
         packed.append(one)
         plane += one.plane_rows
         residual += one.residual_rows
@@ -118,13 +177,13 @@ def _suits_wide(p: Packed) -> bool:
     return pad(p.rows, 128) ** 2 <= 1.5 * pad(p.rows, 64) ** 2
 
 
-def _narrow_pays(layers: Sequence[Layer], offsets: Sequence[tuple[Offset, ...]]) -> bool:
+def _narrow_pays(layers: Sequence[Layer], units: Sequence[tuple[Unit, ...]]) -> bool:
     """Whether tiles of 64 rows are worth a launch of their own, at whose end most of the GPU has nothing to do."""
     work = {True: 0, False: 0}  # as wide tiles would do it
-    for layer, ts in zip(layers, offsets, strict=True):
-        p = Packed(layer, tuple(ts), False, 0, 0)
+    for layer, own in zip(layers, units, strict=True):
+        p = Packed(layer, own, False, 0, 0)
         tiles = p.blocks * ceil(p.rows, 128) ** 2
-        work[_suits_wide(p)] += tiles * pad(p.columns, 64) * sum(layer.overlap(t) for t in ts)
+        work[_suits_wide(p)] += tiles * pad(p.columns, 64) * sum(map(p.pairs, own))
     return work[False] > 0.05 * work[True]
 
 

@@ -1,26 +1,27 @@
 """The tile plan: which program computes which tile of which layer, from shapes alone, in numpy on the host.
 
-The tables' columns are described beside the kernels that read them (`pack.PACK`, `gram.GRAM`, `grad.GRAD`, `grad.RUN`),
-the matrices that they point into in packed.py. Each gram tile also has one float32 in `partials`, its weighted square
-sum.
+The tables' columns are described beside the kernels that read them (`pack.PACK`, `transform.PATCH`, `gram.GRAM`,
+`grad.GRAD`, `grad.RUN`), the matrices that they point into in packed.py. Each gram tile also has one float32 in
+`partials`, its weighted square sum.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from ..geometry import Layer, Offset, Precision
+from ..geometry import Layer, Precision
 from ..problem import Problem
 from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
-from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, ceil, lay_out, pad, shapes
-from .runs import append_part, append_runs
+from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, Unit, ceil, lay_out, pad, shapes
+from .rows import joined, product, tabulate
+from .runs import append_part, append_tap_runs, append_wave_runs
+from .spectrum import Spectrum, plan_spectrum
 from .split_k import Pieces, balanced
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
@@ -34,14 +35,14 @@ class Row(NamedTuple):
     """One layer in `Plan.summary()`. FLOPs are multiply-adds times two, the three products of bf16x3 counted."""
 
     shape: tuple[int, ...]
-    offsets: int
+    units: int  # offsets or frequencies
     gram_tile: int
     grad_tile: tuple[int, int]
     gram_tiles: int
     grad_tiles: int
-    flops: int  # what the mathematics needs: half plane, triangle at t = 0
+    flops: int  # what the mathematics needs: half plane, triangle at 0
     padded_flops: int  # what the tiles multiply
-    bytes: int  # weights read and gradients written once, planes and residual written once
+    bytes: int  # weights read and gradients written once, planes, residual and spectrum written once
 
     @property
     def waste(self) -> float:
@@ -60,6 +61,7 @@ class Plan:
     planes_shape: tuple[int, int]
     residual_shape: tuple[int, int]
     pack_tiles: np.ndarray
+    spectrum: Spectrum
     partial_ranges: np.ndarray  # of each layer its first partial, and how many
     gram_parts: int  # pieces of the tiles that are split: split_k.py
     grad_parts: int
@@ -75,12 +77,14 @@ class Plan:
         self._grad_tile = self._choose_grad()
         # longest layers first, so that short ones fill the tail; a layer stays together, so that it stays in L2
         self._order = sorted(range(len(self.layers)), key=lambda n: (-self._longest(n), n))
-        self.pack_tiles = _joined([self._pack_rows(n) for n in self._order], PACK)
+        self.pack_tiles = joined([self._pack_rows(n) for n in self._order if not self.packed[n].by_frequency], PACK)
+        self.spectrum = plan_spectrum(self.packed, self._grad_tile, self._order)
         self.gram_tiles: dict[GramTile, np.ndarray] = {}
         self.partial_ranges = np.zeros((len(self.layers), 2), np.int32)
         self.gram_parts = self.grad_parts = self.arrivals = 0
         self._plan_gram()
-        self.grad_tiles: dict[GradTile, np.ndarray] = {}
+        self.grad_tiles: dict[GradTile, np.ndarray] = {}  # of weights
+        self.spectrum_tiles: dict[GradTile, np.ndarray] = {}  # of planes, for transform_back
         self._plan_grad()
 
     @cached_property
@@ -94,44 +98,57 @@ class Plan:
 
     @property
     def constants(self) -> np.ndarray:
-        """What is subtracted from each layer's penalty, by the rank that computes t = 0."""
-        own = [any(not any(t) for t in p.offsets) for p in self.packed]
+        """What is subtracted from each layer's penalty, by the rank that computes the unit 0."""
+        own = [any(not any(t) for t in p.units) for p in self.packed]
         return np.array([layer.constant * o for layer, o in zip(self.layers, own, strict=True)], np.float64)
 
     @property
+    def shares(self) -> np.ndarray:
+        """What each layer's sum over units is multiplied by: 1 / n for n frequencies."""
+        return 1 / np.array([p.divisor for p in self.packed], np.float64)
+
+    @property
     def fills(self) -> bool:
-        """Whether the gradient's tiles write every element: those of t = 0 do."""
-        return all(any(not any(t) for t in p.offsets) for p in self.packed)
+        """Whether the gradient's tiles write every element: those of t = 0 do, and any frequency's transform back."""
+        return all(any(p.by_frequency or not any(t) for t in p.units) for p in self.packed)
 
     @property
     def launches(self) -> dict[str, int]:
         """Kernel launches of a loss, and of the gradient that follows it."""
-        return {"loss": 2 + len(self.gram_tiles), "gradient": len(self.grad_tiles)}
+        first = (len(self.pack_tiles) > 0) + (len(self.spectrum.there) > 0)
+        last = len(self.spectrum_tiles) + (len(self.spectrum.back) > 0)
+        return {"loss": first + len(self.gram_tiles) + 1, "gradient": len(self.grad_tiles) + last}
 
     def _choose_gram(self) -> list[GramTile]:
         """The largest tile that fits each layer."""
         return [next(g for g in self.variant.gram if p.wide or g.block == ROW_BLOCK) for p in self.packed]
 
-    def _gram_products(self, side: int, t: Offset) -> int:
-        """Products of tiles for G_t of side x side tiles. On the diagonal of t = 0 two of them are transposes."""
+    def _gram_products(self, side: int, t: Unit) -> int:
+        """Products of tiles for a residual of side x side tiles. On the diagonal of a symmetric one, of the unit 0, two
+        of them are transposes."""
         products = self.variant.products
         return products * (side**2 if any(t) else side * (side + 1) // 2) - (products // 3 * side if not any(t) else 0)
 
     def _choose_grad(self) -> list[GradTile]:
-        """The tile of least work for each layer; one for all where a second launch would save less than it costs."""
+        """The tile of least work for each layer; one for all of a form, which has launches of its own, where a second
+        launch would save less than it costs."""
         tiles = self.variant.grad
         work = [
             [self._grad_work(p, g) if p.wide or g.rows == ROW_BLOCK else math.inf for g in tiles] for p in self.packed
         ]
-        least = sum(map(min, work))
-        if sum(row[0] for row in work) <= 1.05 * least:
-            return [tiles[0]] * len(work)
-        return [tiles[row.index(min(row))] for row in work]
+        one = {}
+        for form in (False, True):
+            members = [row for row, p in zip(work, self.packed, strict=True) if p.by_frequency == form]
+            one[form] = sum(row[0] for row in members) <= 1.05 * sum(map(min, members))
+        return [
+            tiles[0] if one[p.by_frequency] else tiles[row.index(min(row))]
+            for row, p in zip(work, self.packed, strict=True)
+        ]
 
     @staticmethod
     def _grad_work(p: Packed, tile: GradTile) -> float:
         """Multiply-adds of a layer's gradient in tiles of this size, weighted with what they cost."""
-        pairs = sum(p.layer.overlap(t) * (2 if any(t) else 1) for t in p.offsets)
+        pairs = sum(p.pairs(t) * (2 if any(t) else 1) for t in p.units)
         return (
             p.blocks
             * pairs
@@ -143,25 +160,25 @@ class Plan:
 
     def _longest(self, n: int) -> int:
         p = self.packed[n]
-        return max((p.layer.overlap(t) for t in p.offsets), default=0) * p.columns
+        return max((p.pairs(t) for t in p.units), default=0) * p.columns
 
     def _shortest(self, n: int) -> int:
         p = self.packed[n]
-        return min((p.layer.overlap(t) for t in p.offsets), default=0) * p.columns
+        return min((p.pairs(t) for t in p.units), default=0) * p.columns
 
     def _pack_rows(self, n: int) -> np.ndarray:
         p = self.packed[n]
-        blocks = range(p.blocks if p.offsets else 0)
-        block, column, row = _product(
+        blocks = range(p.blocks if p.units else 0)
+        block, column, row = product(
             blocks, range(0, pad(p.columns, PACK_COLUMNS), PACK_COLUMNS), range(0, p.padded, PACK_ROWS)
         )
-        return _table(
+        return tabulate(
             PACK,
             layer=n,
             block=block,
             row=row,
             column=column,
-            out_row=p.plane_base + block * p.layer.taps * p.tap_rows + column // PANEL * p.padded + row,
+            out_row=p.plane_base + block * p.planes * p.tap_rows + column // PANEL * p.padded + row,
             out_column=column % PANEL,
             taps=p.layer.taps,
             tap_rows=p.tap_rows,
@@ -173,7 +190,7 @@ class Plan:
         order = sorted(self._order, key=lambda n: -self._shortest(n))
         for tile in self.variant.gram:
             rows = [self._gram_rows(n) for n in order if self._gram_tile[n] == tile]
-            table = _joined(rows, GRAM)
+            table = joined(rows, GRAM)
             if len(table):
                 self.gram_tiles[tile] = table
                 table["partial"] = first + np.arange(len(table))
@@ -199,32 +216,30 @@ class Plan:
         return table, parts + int(split.sum())
 
     def _gram_rows(self, n: int) -> np.ndarray:
-        """Offsets with the most overlapping taps first."""
-        by_overlap = sorted(enumerate(self.packed[n].offsets), key=lambda it: -self.packed[n].layer.overlap(it[1]))
-        return _joined([self._gram_rows_at(n, index, t) for index, t in by_overlap], GRAM)
+        """Units of the most products first."""
+        p = self.packed[n]
+        longest_first = sorted(enumerate(p.units), key=lambda it: -p.pairs(it[1]))
+        return joined([self._gram_rows_at(n, index, t) for index, t in longest_first], GRAM)
 
-    def _gram_rows_at(self, n: int, index: int, t: Offset) -> np.ndarray:
+    def _gram_rows_at(self, n: int, index: int, t: Unit) -> np.ndarray:
         p = self.packed[n]
         size, zero = self._gram_tile[n].block, not any(t)
         side = ceil(p.rows, size)
-        block, i, j = _product(range(p.blocks), range(side), range(side))
-        if zero:  # G_0 is symmetric: tiles on or above the diagonal
+        block, i, j = product(range(p.blocks), range(side), range(side))
+        if zero:  # symmetric: tiles on or above the diagonal
             block, i, j = block[i <= j], i[i <= j], j[i <= j]
         _, ky, kx = p.kernel
-        tz, ty, tx = (0,) * (3 - len(t)) + t
-        u = (max(0, -tz) * ky + max(0, -ty)) * kx + max(0, -tx)
-        v = (max(0, tz) * ky + max(0, ty)) * kx + max(0, tx)
+        u, v, (depth, height, width) = p.factors(index)
         r, c = i * size, j * size
-        plane = p.plane_base + block * p.layer.taps * p.tap_rows
-        out = p.residual_base + (block * len(p.offsets) + index) * p.offset_rows
+        plane = p.plane_base + block * p.planes * p.tap_rows
+        out = p.residual_base + (block * len(p.units) + index) * p.offset_rows
         filled = np.array([p.filled(b) for b in range(p.blocks)], np.int64)[block]
-        depth, height, width = (k - abs(x) for k, x in zip(p.kernel, (tz, ty, tx), strict=True))
-        return _table(
+        return tabulate(
             GRAM,
             layer=n,
             a_row=plane + u * p.tap_rows + r,
             b_row=plane + v * p.tap_rows + c,
-            last=p.layer.overlap(t) * pad(p.columns, 64) // self._gram_tile[n].chunk,
+            last=p.pairs(t) * pad(p.columns, 64) // self._gram_tile[n].chunk,
             depth=depth,
             height=height,
             width=width,
@@ -237,46 +252,61 @@ class Plan:
             out_column=c % RESIDUAL_PANEL,
             mirror_row=np.where(zero & (i < j), out + r // RESIDUAL_PANEL * p.padded + c, -1),
             mirror_column=r % RESIDUAL_PANEL,
-            ones=np.where(zero & (i == j), np.clip(filled - r, 0, size), 0),
+            ones=np.where((zero | p.by_frequency) & (i == j), np.clip(filled - r, 0, size), 0),
             halves=np.where(zero & (i == j), 1, 2),
         )
 
     def _plan_grad(self) -> None:
         runs: list[tuple[int, ...]] = []
         known: dict[tuple, list[tuple[int, int, int]]] = {}
-        read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
-        for tile in self.variant.grad:
-            rows = [self._grad_rows(n, runs, known) for n in self._order if self._grad_tile[n] == tile]
-            table = _joined(rows, GRAD)
-            if len(table):
-                done = np.concatenate([[0], np.cumsum([run[1] - run[0] for run in runs])])
-                pairs, pair = done[table["last_run"]] - done[table["first_run"]], table["contracted"] / tile.depth
-                cut = balanced(pairs, pair, GRAD_TILE, GRAD_PART)
-                table, self.grad_parts = self._in_pieces(table, cut, self.grad_parts)
-                _cut_runs(table, cut, runs)
-                time = cut.times(pair, GRAD_TILE, GRAD_PART)
-                self.grad_tiles[tile] = _longest_last_layers_first(table, time, read)
+        for by_frequency, tables in ((False, self.grad_tiles), (True, self.spectrum_tiles)):
+            members = [n for n in self._order if self.packed[n].by_frequency == by_frequency]
+            for tile in self.variant.grad:
+                rows = [self._grad_rows(n, runs, known) for n in members if self._grad_tile[n] == tile]
+                table = joined(rows, GRAD)
+                if len(table):
+                    tables[tile] = self._in_grad_pieces(table, tile, runs)
         self.runs = np.array([(*run, 0) for run in runs], RUN)
 
+    def _in_grad_pieces(self, table: np.ndarray, tile: GradTile, runs: list[tuple[int, ...]]) -> np.ndarray:
+        done = np.concatenate([[0], np.cumsum([run[1] - run[0] for run in runs])])
+        pairs, pair = done[table["last_run"]] - done[table["first_run"]], table["contracted"] / tile.depth
+        cut = balanced(pairs, pair, GRAD_TILE, GRAD_PART)
+        table, self.grad_parts = self._in_pieces(table, cut, self.grad_parts)
+        _cut_runs(table, cut, runs)
+        time = cut.times(pair, GRAD_TILE, GRAD_PART)
+        read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
+        return _longest_last_layers_first(table, time, read)
+
     def _grad_rows(self, n: int, runs: list, known: dict[tuple, list[tuple[int, int, int]]]) -> np.ndarray:
+        """Of each tap; or of C and S of each frequency, which the kernel takes for a block with two taps."""
         p, tile = self.packed[n], self._grad_tile[n]
-        key = p.layer.shape, p.layer.stride, p.layer.dilation, p.layer.penalty, p.offsets, p.padded, p.merged
-        if key not in known:
-            known[key] = [append_runs(p, u, runs) for u in itertools.product(*map(range, p.kernel))]
-        block, tap, row, column = _product(
+        block, part, tap, row, column = product(
             range(p.blocks),
-            range(p.layer.taps),
+            range(p.parts),
+            range(p.part_gradients),
             range(0, p.rows, tile.rows),
             range(0, p.columns, tile.columns),
         )
-        first, middle, last = np.array(known[key], np.int64).reshape(-1, 3)[tap].T
+        if p.by_frequency:
+            key: tuple = (p.tap_rows,)
+            kind = 2 * np.array([any(w) for w in p.units], np.int64)[part] + tap
+        else:
+            key = p.layer.shape, p.layer.stride, p.layer.dilation, p.layer.penalty, p.units, p.padded, p.merged
+            kind = tap
+        if key not in known:
+            known[key] = append_wave_runs(p, runs) if p.by_frequency else append_tap_runs(p, runs)
+        first, middle, last = np.array(known[key], np.int64).reshape(-1, 3)[kind].T
         some = first < last  # of a share of the work, a tap can have none
-        block, tap, row, column, first, middle, last = (x[some] for x in (block, tap, row, column, first, middle, last))
-        residual = p.residual_base + block * len(p.offsets) * p.offset_rows
-        return _table(
+        block, part, tap, row, column, first, middle, last = (
+            x[some] for x in (block, part, tap, row, column, first, middle, last)
+        )
+        residual = p.residual_base + (block * len(p.units) + part) * p.offset_rows
+        plane = p.plane_base + (block * p.parts + part) * p.part_planes * p.tap_rows
+        return tabulate(
             GRAD,
             layer=n,
-            block=block,
+            block=block * p.parts + part,
             row=row,
             column=column,
             tap=tap,
@@ -286,7 +316,7 @@ class Plan:
             r_row=residual + row,
             t_row=residual + row // RESIDUAL_PANEL * p.padded,
             t_column=row % RESIDUAL_PANEL,
-            a_row=p.plane_base + block * p.layer.taps * p.tap_rows + column // PANEL * p.padded,
+            a_row=plane + column // PANEL * p.padded,
             a_column=column % PANEL,
             panel_rows=p.padded,
             contracted=pad(p.rows, ROW_BLOCK),
@@ -301,26 +331,29 @@ class Plan:
             useful = padded = tiles = 0
             side = ceil(p.rows, gram.block)
             m, pairs = p.layer.rows, 0
-            for t in p.offsets:
-                overlap = p.layer.overlap(t)
+            for t in p.units:
+                multiplied = p.pairs(t)
                 zero = not any(t)
                 entries = m * (m + 1) // 2 if zero else m * m
                 count = side * (side + 1) // 2 if zero else side * side
-                useful += products * overlap * p.layer.columns * entries * p.layer.groups
-                padded += overlap * pad(p.columns, 64) * self._gram_products(side, t) * gram.block**2 * p.blocks
+                useful += products * multiplied * p.layer.columns * entries * p.layer.groups
+                padded += multiplied * pad(p.columns, 64) * self._gram_products(side, t) * gram.block**2 * p.blocks
                 tiles += count * p.blocks
-                pairs += overlap * (1 if zero else 2)
+                pairs += multiplied * (1 if zero else 2)
             useful += pairs * m * m * p.layer.columns * p.layer.groups
             area = pad(p.rows, grad.rows) * pad(p.columns, grad.columns)
             padded += pairs * area * pad(p.rows, ROW_BLOCK) * p.blocks
-            grad_tiles = p.blocks * p.layer.taps * area // (grad.rows * grad.columns)
+            computed = p.gradients - (p.by_frequency and any(not any(t) for t in p.units))  # w = 0 has no D_S
+            grad_tiles = p.blocks * computed * area // (grad.rows * grad.columns)
             size = 2 * products // 3 * 2 or 4  # bytes per packed element: two bf16 planes or one of float32
             traffic = math.prod(p.layer.shape) * 8 + p.plane_rows * PANEL * size
             traffic += p.residual_rows * RESIDUAL_PANEL * (2 if self.precision is None else 4)
+            if p.by_frequency:
+                traffic += p.blocks * p.gradients * p.padded * pad(p.columns, grad.columns) * 4
             rows.append(
                 Row(
                     p.layer.shape,
-                    len(p.offsets),
+                    len(p.units),
                     gram.block,
                     (grad.rows, grad.columns),
                     tiles,
@@ -362,20 +395,3 @@ def _longest_last_layers_first(table: np.ndarray, time: np.ndarray, nbytes: dict
     start = int(np.isin(table["layer"], list(last)).argmax()) if last else len(table)
     order = np.argsort(-time[start:], kind="stable")
     return np.concatenate([table[:start], table[start:][order]])
-
-
-def _table(columns: np.dtype, /, **values: np.ndarray | int) -> np.ndarray:
-    """Rows of named columns; a single number is the same in every row."""
-    rows = np.zeros(np.broadcast_shapes(*(np.shape(v) for v in values.values())), columns)
-    for name, value in values.items():
-        rows[name] = value
-    return rows
-
-
-def _joined(tables: list[np.ndarray], columns: np.dtype) -> np.ndarray:
-    return np.concatenate(tables) if tables else np.zeros(0, columns)
-
-
-def _product(*axes: range) -> list[np.ndarray]:
-    """Every combination, the last axis fastest, as one flat array per axis."""
-    return [a.ravel() for a in np.meshgrid(*(np.asarray(a, np.int64) for a in axes), indexing="ij")]

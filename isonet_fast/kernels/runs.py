@@ -6,26 +6,41 @@ one run serves each of the kernel's loops. A table read in them would cost a pip
 
 from __future__ import annotations
 
-from .packed import Packed
+import itertools
+
+from .packed import WAVES, Packed
 
 
-def append_runs(p: Packed, u: tuple[int, ...], runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
-    """Append what the gradient of tap u contracts, rows of `grad.RUN`.
+def append_tap_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """Append what the gradient of every tap contracts, rows of `grad.RUN`.
 
-    Returns the first run, the first transposed one, and the one after the last.
+    Returns of each tap the first run, the first transposed one, and the one after the last.
     """
+    ranges = []
+    for u in itertools.product(*map(range, p.kernel)):
+        direct, transposed = _whole_runs(p, u) if _is_whole(p) else _partial_runs(p, u)
+        ranges.append(_append(direct, transposed, runs))
+    return ranges
+
+
+def append_wave_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """The same of D_C and D_S (transform.py), of w = 0 and of any other frequency: their planes are all near."""
+    c, _, p_, n, minus_n = ((0, 1, 1, 0, 0, 0, plane * p.tap_rows, 0, 0) for plane in range(len(WAVES)))
+    contracted: list[tuple[list, list]] = [([c], []), ([], []), ([p_], [minus_n]), ([n], [p_])]
+    return [_append(direct, transposed, runs) for direct, transposed in contracted]
+
+
+def _append(direct: list, transposed: list, runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
     first = len(runs)
-    direct, transposed = _whole_runs(p, u) if _is_whole(p) else _partial_runs(p, u)
-    runs += direct
-    middle = len(runs)
-    runs += transposed
-    return first, middle, len(runs)
+    runs += direct + transposed
+    return first, first + len(direct), len(runs)
 
 
 def append_part(
     runs: list[tuple[int, ...]], first: int, middle: int, last: int, begin: int, end: int
 ) -> tuple[int, int, int]:
-    """Append what pairs `begin` to `end` of these runs contract, counted through; returns as `append_runs` does."""
+    """Append what pairs `begin` to `end` of these runs contract, counted through; returns their bounds as
+    `append_tap_runs` does."""
     bounds = [len(runs)]
     for some in (range(first, middle), range(middle, last)):
         for start, stop, *rest in [runs[index] for index in some]:
@@ -39,7 +54,7 @@ def append_part(
 
 def _is_whole(p: Packed) -> bool:
     """All offsets are here and lie in a plane: one run serves each direction."""
-    return p.offsets == p.layer.offsets and p.kernel[0] == 1
+    return p.units == p.layer.offsets and p.kernel[0] == 1
 
 
 def _whole_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
@@ -64,7 +79,7 @@ def _partial_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
     """Any subset of the offsets, any dimension: maximal arithmetic progressions."""
     _, ky, kx = p.kernel
     found: tuple[list, list] = ([], [])
-    for index, t in enumerate(p.offsets):
+    for index, t in enumerate(p.units):
         t3 = (0,) * (3 - len(t)) + t
         for transposed, sign in ((0, 1), (1, -1)):
             if transposed and not any(t):

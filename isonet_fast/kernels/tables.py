@@ -92,7 +92,14 @@ class Tables:
     runs: Table
     ranges: Table
     constants: Table
+    shares: Table
     coefficients: Table
+    there: Table
+    back: Table
+    waves: Table
+    spectrum_view: Table
+    spectrum_coefficients: Table
+    one: Table
     launches: Launches
     aside: torch.cuda.Stream | None  # on a GPU, for what need not be waited for
 
@@ -104,7 +111,14 @@ class Tables:
         self.runs = Table(plan.runs, device)
         self.ranges = Table(plan.partial_ranges, device)
         self.constants = Table(plan.constants, device)
+        self.shares = Table(plan.shares, device)
         self.coefficients = Table(np.array(plan.coefficients, np.float64), device)
+        self.spectrum_coefficients = Table(plan.shares * plan.coefficients, device)
+        self.there, self.back = Table(plan.spectrum.there, device), Table(plan.spectrum.back, device)
+        self.waves = Table(plan.spectrum.waves, device)
+        self.spectrum: dict[GradTile, Table] = {tile: Table(rows, device) for tile, rows in plan.spectrum_tiles.items()}
+        self.spectrum_view = Table(plan.spectrum.views, device)
+        self.one = Table(np.ones(1, np.float32), device)
         self.launches = Launches()
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._static = _static_columns(plan)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 PACK_ROWS, PACK_COLUMNS = 32, 64
+PATCH_COLUMNS, TAPS = 64, 16  # of the transforms, 16 taps at a time: a product has no fewer
+THERE_ROWS, THERE_FREQUENCIES = 1, 32
+BACK_ROWS, BACK_FREQUENCIES = 2, 16
 
 
 class GramTile(NamedTuple):
@@ -64,6 +67,20 @@ VARIANTS = {
 def pack_options(variant: Variant) -> dict[str, Any]:
     """Meta-parameters: orthogonality.py launches with them, tools/lower_triton.py compiles with them."""
     return {"ROWS": PACK_ROWS, "COLUMNS": PACK_COLUMNS, "SPLIT": variant.products == 3, "num_warps": 4}
+
+
+def transform_options(split: bool) -> dict[str, Any]:
+    return _patch_options(THERE_ROWS, THERE_FREQUENCIES) | {"SPLIT": split}
+
+
+def transform_back_options(accumulate: bool) -> dict[str, Any]:
+    return _patch_options(BACK_ROWS, BACK_FREQUENCIES) | {"ACCUMULATE": accumulate}
+
+
+def _patch_options(rows: int, frequencies: int) -> dict[str, Any]:
+    """One stage: loads that run ahead would take registers that there are not."""
+    sizes = {"ROWS": rows, "COLUMNS": PATCH_COLUMNS, "FREQUENCIES": frequencies, "TAPS": TAPS}
+    return sizes | {"num_warps": 4, "num_stages": 1}
 
 
 def gram_options(variant: Variant, tile: GramTile, save: bool) -> dict[str, Any]:

@@ -104,10 +104,10 @@ def _forms(weights: Sequence[Tensor], problem: Problem) -> tuple[str, ...]:
     """How the closed form computes each layer.
 
     Where work is shared every rank must split it in the same way: on a GPU another rank may have the Triton kernels,
-    whose units are offsets.
+    which choose by a count of their own.
     """
     if problem.share[1] > 1 and any(w.is_cuda for w in weights) and not any(w.dtype == torch.float64 for w in weights):
-        return ("overlap",) * len(weights)
+        return tuple([layer.triton_form for layer in problem.layers])
     return tuple([layer.form for layer in problem.layers])
 
 

@@ -19,7 +19,8 @@ from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
 from isonet_fast.problem import Problem
 
-SHAPES = [(256, 128, 1, 1), (64, 64, 3, 3), (24, 1, 3, 3)]  # large tiles, small tiles, a depthwise convolution
+SHAPES = [(256, 128, 1, 1), (64, 64, 3, 3), (24, 1, 3, 3), (64, 64, 5, 5)]
+# large tiles, small tiles, a depthwise convolution, a layer over frequencies
 
 
 def code(kernel) -> str:

@@ -19,10 +19,12 @@ def test_programs_start_in_order_where_one_is_free():
     assert schedule.makespan([], 2) == 0
 
 
-def test_steps_are_counted_from_the_tables():
+@pytest.mark.parametrize("layers", ["isonet18", "5x5"])
+def test_steps_are_counted_from_the_tables(layers):
     """Every multiply-add of the summary is in some program's steps."""
-    plan = schedule.plan_of(schedule.layers_of("isonet18"))
-    unit = schedule.Machine(multiprocessors=1, tflops=1e-6, l2_tbytes=1e9, tile_us=0, gradient_bytes=0)
+    plan = schedule.plan_of(schedule.chain((256, 256), (5, 5)) if layers == "5x5" else schedule.layers_of(layers))
+    free = dict(l2_tbytes=1e9, memory_tbytes=1e9, tile_us=0, gradient_bytes=0)
+    unit = schedule.Machine(multiprocessors=1, tflops=1e-6, **free)
     flops = sum(float(us.sum()) for _, us in schedule.programs(plan, unit))
     assert flops == pytest.approx(sum(row.padded_flops for row in plan.summary()), rel=1e-12)
 
@@ -78,11 +80,18 @@ def test_the_schedule_is_printed(capsys):
     assert np.isfinite(schedule.ratio("isonet18", schedule.Machine()))
 
 
-def test_the_frequency_form_is_counted_by_its_products():
-    """40 pairs of two products in bf16x3 and four in bf16; at 0 three of four tiles, and one product."""
-    free = dict(l2_tbytes=1e9, memory_tbytes=1e9, tile_us=0, launch_us=0, finish_us=0)
-    unit = schedule.Machine(multiprocessors=1, tflops=1e-6, **free)
-    layers = schedule.chain((256, 256), (5, 5))
-    assert schedule.frequency_us(layers, unit) == pytest.approx(
-        2 * 256**3 * (40 * (2 * 3 + 4) + 3 * 0.75 + 1), rel=1e-6
-    )
+def test_transforms_are_counted():
+    """41 frequencies of 25 taps, of which 13 are multiplied, in steps of 16; frequencies in steps of 32 and 16."""
+    plan = schedule.plan_of(schedule.chain((256, 256), (5, 5)))
+    moving, multiplying = schedule.Machine(float32_tflops=1e9), schedule.Machine(memory_tbytes=1e9)
+    for back, nbytes, waves in ((False, 41 * 18 + 25 * 4, 64), (True, 41 * 8 + 25 * 4, 48)):
+        assert schedule.transform_us(plan, moving, back) == pytest.approx(256**2 * nbytes / 4.4e6)
+        assert schedule.transform_us(plan, multiplying, back) == pytest.approx(256**2 * 4 * waves * 16 / 30e6)
+    names = [launch.name for launch in schedule.launches(plan, schedule.Machine())]
+    assert names == ["transform", "gram 128x128", "grad 128x256 of planes", "transform back"]
+
+
+def test_frequencies_pay_where_the_plan_takes_them(capsys):
+    schedule.report_frequency(schedule.Machine())
+    gains = {line.split()[0]: float(line.split()[-1].rstrip("x")) for line in capsys.readouterr().out.splitlines()[1:]}
+    assert gains.pop("3x3") == 1 and min(gains.values()) >= 1.2, gains

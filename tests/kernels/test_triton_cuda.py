@@ -152,7 +152,7 @@ def test_probe_checks_the_numbers(device, monkeypatch):
 
     def wrong_penalty(*arguments):
         loss, losses, saved = forward(*arguments)
-        return loss, losses * torch.tensor([1.01, 1], device=device), saved
+        return loss, losses * torch.tensor([1.01, 1, 1], device=device), saved
 
     monkeypatch.setattr(orthogonality, "forward", wrong_penalty)
     assert "penalty" in kernels._launch(device)
@@ -171,6 +171,7 @@ def test_the_probe_needs_every_kernel():
     """A tile size of its own per kernel, loops over several taps, chunks and transposed residuals."""
     pytest.importorskip("triton")
     from isonet_fast.kernels.plan import Plan
+    from isonet_fast.kernels.tiles import TAPS, THERE_FREQUENCIES
 
     layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in kernels.PROBED)
     for key in ("tma", "pointer"):
@@ -180,6 +181,8 @@ def test_the_probe_needs_every_kernel():
         chunks = gram["columns"] // plan.variant.gram[0].chunk
         assert (gram["last"] / chunks).max() == 9 and chunks.max() >= 2
         assert plan.gram_parts and plan.grad_parts
+        assert plan.spectrum_tiles and plan.spectrum.there["frequencies"].min() > THERE_FREQUENCIES
+        assert plan.spectrum.there["half"].min() > TAPS
 
 
 def test_addresses_in_a_capture(device, monkeypatch):

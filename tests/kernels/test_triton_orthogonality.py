@@ -45,6 +45,16 @@ CASES = {
         ((30, 50), 1, 1, 1, "isonet"),
         ((50, 30), 1, 1, 1, "lorth"),
     ],
+    "frequencies": [
+        ((9, 12, 11), 1, 1, 1, "isonet"),
+        ((70, 9, 12), 2, 2, 1, "lorth"),
+        ((27, 9, 11, 1), 1, 1, 3, "isonet"),
+    ],
+    "many frequencies": [
+        ((9, 12, 5, 5), 1, 1, 1, "isonet"),
+        ((10, 9, 7, 7), 1, 2, 1, "lorth"),
+        ((10, 9, 3, 3, 3), 1, 1, 1, "isonet"),
+    ],
     "wide": [
         ((100, 300, 1, 1), 1, 1, 1, "isonet"),
         ((200, 260, 1), 1, 1, 1, "isonet"),
@@ -60,6 +70,7 @@ NEAR = [
     ((256, 128, 1), 1, 1, 1, "lorth"),
     ((64, 16, 2, 2), 1, 1, 1, "matrix"),
     ((256, 256, 1, 1), 1, 1, 1, "isonet"),
+    ((32, 32, 5, 5), 1, 1, 1, "isonet"),
 ]
 
 
@@ -137,19 +148,19 @@ def test_near_an_optimum(precision, device):
     assert statistics.median(check(*make(NEAR, device, near=True), precision=precision)) <= LOSS[precision]
 
 
-@pytest.mark.parametrize("name", ["2x2", "groups", "wide"])
+@pytest.mark.parametrize("name", ["2x2", "groups", "wide", "frequencies"])
 def test_both_ways_of_loading(name, variant, device):
     if variant == "tma" and device.type == "cpu":
         pytest.skip("the default of the interpreter")
     assert max(check(*make(CASES[name][:3], device))) <= LOSS[None]
 
 
-@pytest.mark.parametrize("name", ["2x2", "matrix", "1x3"])
+@pytest.mark.parametrize("name", ["2x2", "matrix", "1x3", "frequencies"])
 def test_highest_precision_matches_the_reference(name, device):
     assert max(check(*make(CASES[name], device), precision="highest")) <= LOSS["highest"]
 
 
-@pytest.mark.parametrize("name", ["1x3", "3-d", "matrix"])
+@pytest.mark.parametrize("name", ["1x3", "3-d", "matrix", "frequencies"])
 def test_channels_last_weights_match_the_reference(name, device):
     assert max(check(*make(CASES[name], device, layout=torch.channels_last))) <= LOSS[None]
 
@@ -223,22 +234,28 @@ def test_half_precision_weights(dtype, device):
 def test_weights_of_mixed_dtypes_match_the_reference(device):
     layers, weights = make(CASES["1-d"], device)
     check(layers, [weights[0].bfloat16(), weights[1], weights[2].half()])
+    layers, weights = make(CASES["frequencies"], device)
+    check(layers, [weights[0].bfloat16(), weights[1], weights[2].half()])
 
 
 def test_weights_of_any_strides_match_the_reference(device):
     layers, _ = make([((12, 8, 3, 1), 1, 1, 1, "isonet"), ((12, 4, 3), 1, 1, 2, "matrix")], device)
     sliced = torch.randn(24, 16, 6, 1, device=device)[::2, ::2, ::2] / 5
     check(layers, [sliced, torch.randn(3, 4, 12, device=device).permute(2, 1, 0) / 4])
+    layers, _ = make([((12, 9, 12), 1, 1, 1, "isonet")] * 2, device)  # over frequencies
+    sliced = torch.randn(24, 18, 24, device=device)[::2, ::2, ::2] / 9
+    check(layers, [sliced, torch.randn(12, 9, 12, device=device).permute(2, 1, 0) / 9])
 
 
 def test_dirac_is_exactly_zero(device):
     from isonet_fast.kernels import orthogonality as kernels
 
-    layers, weights = make([((16, 16, 3, 1), 1, 1, 1, "isonet"), ((8, 24, 3, 3), 2, 1, 1, "isonet")], device)
+    cases = [((16, 16, 3, 1), 1), ((8, 24, 3, 3), 2), ((9, 9, 5, 5), 1)]
+    layers, weights = make([(shape, stride, 1, 1, "isonet") for shape, stride in cases], device)
     weights = [torch.nn.init.dirac_(w) for w in weights]
-    problem = Problem(layers, (1.0, 1.0))
+    problem = Problem(layers, (1.0,) * 3)
     loss, losses, saved = kernels.forward(weights, problem, True)
-    assert loss.item() == 0 and losses.tolist() == [0, 0]
+    assert loss.item() == 0 and losses.tolist() == [0, 0, 0]
     for grad in kernels.backward(torch.ones((), device=device), saved, weights, problem):
         assert not grad.any()
 
@@ -247,8 +264,9 @@ def test_dirac_is_exactly_zero(device):
 def test_accumulates_into_gradients(dtype, device):
     from isonet_fast.kernels import orthogonality as kernels
 
-    layers, weights = make([CASES["groups"][3], CASES["1x3"][0], CASES["wide"][-1]], device, dtype=dtype)
-    coefficients = 0.5, 1.0, 2.0
+    cases = [CASES["groups"][3], CASES["1x3"][0], CASES["wide"][-1], CASES["frequencies"][0]]
+    layers, weights = make(cases, device, dtype=dtype)
+    coefficients = 0.5, 1.0, 2.0, 3.0
     problem = Problem(layers, coefficients)
     grads = [torch.randn_like(w) for w in weights]
     before = [g.clone().double().cpu() for g in grads]
@@ -263,12 +281,12 @@ def test_accumulates_into_gradients(dtype, device):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_shards_add_up(count, device):
-    """Any subset of the offsets, also none, also without t = 0 (whose rank alone subtracts the constant)."""
+    """Any subset of the units, also none, also without the unit 0 (whose rank alone subtracts the constant)."""
     from isonet_fast.kernels import orthogonality as kernels
 
-    layers, weights = make([CASES["2x2"][2], CASES["3-d"][0], CASES["matrix"][3]], device)
-    coefficients = (1.0, 0.5, 2.0)
-    losses = torch.zeros(3, dtype=torch.float64)
+    layers, weights = make([CASES["2x2"][2], CASES["3-d"][0], CASES["matrix"][3], CASES["frequencies"][0]], device)
+    coefficients = (1.0, 0.5, 2.0, 1.5)
+    losses = torch.zeros(4, dtype=torch.float64)
     sums = [torch.zeros(w.shape, dtype=torch.float64) for w in weights]
     for rank in range(count):
         problem = Problem(layers, coefficients, None, (rank, count))
@@ -362,9 +380,9 @@ def test_reads_nothing_that_was_not_written(device, monkeypatch):
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(255)
 
-    layers, weights = make(CASES["1x3"] + CASES["wide"][:1], device)
+    layers, weights = make(CASES["1x3"] + CASES["wide"][:1] + CASES["frequencies"][:1], device)
     monkeypatch.setattr(kernels.torch, "empty", poisoned)
-    problem = Problem(layers, (1.0,) * 3)
+    problem = Problem(layers, (1.0,) * 4)
     _, losses, saved = kernels.forward(weights, problem, True)
     grads = kernels.backward(torch.ones((), device=device), saved, weights, problem)
     assert losses.isfinite().all() and all(g.isfinite().all() for g in grads)

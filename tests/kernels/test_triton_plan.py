@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from isonet_fast import OrthoRegularizer
+from isonet_fast import OrthoRegularizer, geometry
 from isonet_fast.geometry import Layer
-from isonet_fast.kernels import grad, gram, pack, packed, split_k
+from isonet_fast.kernels import grad, gram, pack, packed, split_k, transform
 from isonet_fast.kernels import plan as planning
 from isonet_fast.problem import Problem
 
@@ -77,7 +77,14 @@ def test_launches_of_a_call(depth, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((self.name, grid[0]))
 
-    for name in ("pack_kernel", "gram_kernel", "finish_kernel", "grad_kernel"):
+    for name in (
+        "pack_kernel",
+        "transform_kernel",
+        "gram_kernel",
+        "finish_kernel",
+        "grad_kernel",
+        "transform_back_kernel",
+    ):
         monkeypatch.setattr(orthogonality, name, Counted(name))
     layers = network(depth, True)
     weights = [torch.empty(layer.shape) for layer in layers]
@@ -171,7 +178,7 @@ def walk_gram(plan):
 def walk_grad(plan):
     work = 0
     lengths = plan.runs["last"] - plan.runs["first"]
-    for tile, table in plan.grad_tiles.items():
+    for tile, table in [*plan.grad_tiles.items(), *plan.spectrum_tiles.items()]:
         for row in table:
             taps = int(lengths[row["first_run"] : row["last_run"]].sum())
             work += taps * int(row["contracted"]) * tile.rows * tile.columns
@@ -182,10 +189,11 @@ def walk_grad(plan):
 def test_summary_counts_what_the_tables_say(precision):
     layers = (*network(50, True)[:12], Layer((90, 1, 3, 3), (1, 1), (1, 1), 90, "isonet"))
     layers += (Layer((6, 5, 2, 2, 3), (1, 2, 1), (1, 1, 1), 1, "lorth"),)
+    layers += (Layer((70, 90, 5, 5), (1, 1), (1, 1), 1, "isonet"), Layer((40, 20, 4, 5), (1, 1), (1, 1), 2, "isonet"))
     plan = make(layers, precision, "tma" if precision is None else "highest")
     assert sum(r.padded_flops for r in plan.summary()) == 2 * (walk_gram(plan) + walk_grad(plan))
     assert sum(r.gram_tiles for r in plan.summary()) == plan.partials == count(plan.gram_tiles)
-    assert sum(r.grad_tiles for r in plan.summary()) == count(plan.grad_tiles)
+    assert sum(r.grad_tiles for r in plan.summary()) == count(plan.grad_tiles) + count(plan.spectrum_tiles)
 
 
 def count(tiles):
@@ -281,7 +289,7 @@ def test_runs_name_every_pair_once(offsets):
         layers = (Layer(shape, (stride,) * dims, (dilation,) * dims, 1, "isonet"),)
         for rank in range(1 if offsets == "whole" else 3):
             problem = Problem(layers, (1.0,), None, (rank, 1 if offsets == "whole" else 3))
-            plan, ts = planning.Plan(problem, "tma"), problem.offsets
+            plan, ts = planning.Plan(problem, "tma"), problem.units(("overlap",))
             (one,) = plan.packed
             kernel = one.kernel
             for table in plan.grad_tiles.values():
@@ -327,10 +335,56 @@ def test_rejects_more_than_32_bits_can_name(shape):
 
 @pytest.mark.parametrize(
     "table, module, prefix",
-    [(pack.PACK, pack, "TILE"), (gram.GRAM, gram, "TILE"), (grad.GRAD, grad, "TILE"), (grad.RUN, grad, "RUN")],
+    [
+        (pack.PACK, pack, "TILE"),
+        (transform.PATCH, transform, "TILE"),
+        (gram.GRAM, gram, "TILE"),
+        (grad.GRAD, grad, "TILE"),
+        (grad.RUN, grad, "RUN"),
+    ],
 )
 def test_kernels_read_the_columns_by_their_names(table, module, prefix):
     unread = "unused", "layer", *split_k.SPLIT_COLUMNS.split()[1:]  # which follow the first of them
     for name in table.names:
         if name not in unread or hasattr(module, f"{prefix}_{name.upper()}"):
             assert getattr(module, f"{prefix}_{name.upper()}").value * 4 == table.fields[name][1]
+
+
+def test_only_large_and_3d_kernels_are_computed_over_frequencies():
+    """The published networks are not: of 3x3 three fifths of the products would be left."""
+    published = {layer for depth in BLOCKS for residual in (False, True) for layer in network(depth, residual)}
+    assert {layer.triton_form for layer in published} == {"overlap"}
+    for channels, kernel, stride, dilation, penalty, form in (
+        (64, (5, 5), 1, 1, "isonet", "frequency"),
+        (64, (5, 5), 2, 2, "lorth", "frequency"),  # unstrided, spread out
+        (64, (4, 5), 1, 1, "isonet", "frequency"),
+        (64, (4, 4), 1, 1, "isonet", "overlap"),
+        (64, (3, 3, 3), 1, 1, "lorth", "frequency"),
+        (64, (11,), 1, 1, "isonet", "frequency"),
+        (64, (9,), 1, 1, "isonet", "overlap"),
+        (64, (9, 9), 2, 1, "isonet", "overlap"),
+        (64, (9, 9), 1, 1, "matrix", "overlap"),  # one tap
+        (8, (9, 9), 1, 1, "isonet", "overlap"),  # thin
+        (64, (0, 9), 1, 1, "isonet", "overlap"),
+        (64, (), 1, 1, "isonet", "overlap"),
+    ):
+        dims = len(kernel)
+        layer = Layer((64, channels, *kernel), (stride,) * dims, (dilation,) * dims, 1, penalty)
+        assert layer.triton_form == form, layer
+
+
+class OverOffsets(Layer):
+    triton_form = "overlap"
+
+
+@pytest.mark.parametrize("kernel", [(5, 5), (3, 3, 3), (3, 3)])
+def test_the_rule_counts_what_the_tables_multiply(kernel):
+    """Of the gradient; gram takes half of that, in either form."""
+    layer = Layer((256, 256, *kernel), (1,) * len(kernel), (1,) * len(kernel), 1, "isonet")
+    over_offsets = OverOffsets(layer.shape, layer.stride, layer.dilation, 1, "isonet")
+    offsets, frequencies = walk_grad(make((over_offsets,))), 256**3 * (2 * math.prod(layer.grid) - 1)
+    assert layer.triton_form == ("frequency" if frequencies <= geometry.TRITON_SHARE * offsets else "overlap")
+    if layer.triton_form == "frequency":
+        plan = make((layer,))
+        assert walk_grad(plan) == frequencies
+        assert walk_gram(plan) == pytest.approx(3 * frequencies / 2, rel=1e-2)

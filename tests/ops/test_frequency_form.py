@@ -5,6 +5,7 @@ That both compute the penalty is tested where the penalty is: test_orthogonality
 
 import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -222,6 +223,15 @@ def test_shares_of_a_network_of_both_forms_add_up(ranks):
     share_grads = [torch.autograd.grad(s, weights) for s, _ in shares]
     for n, grad in enumerate(grads):
         torch.testing.assert_close(sum(g[n] for g in share_grads), grad, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_on_a_gpu_share_the_units_of_the_triton_kernels():
+    """One of them may have only the closed form."""
+    problem, weight = mixed_problem((1, 2)), types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    forms = orthogonality._forms([weight] * len(MIXED), problem)
+    assert forms == ("frequency", "overlap", "frequency", "frequency", "overlap")
+    kernels = pytest.importorskip("isonet_fast.kernels.packed")
+    assert tuple(p.units for p in kernels.lay_out(problem)) == problem.units(forms)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
