@@ -220,7 +220,7 @@ class Layer:
         return square * wide * (2 + 3 * gradient) + 2 * wave * (1 + gradient)  # cosine and sine, there and back
 
     def cost(self, form: str, unit: tuple[int, ...]) -> float:
-        """`work`, but where G is symmetric, half of it: the Triton kernels compute no more."""
+        """`work`, with half of the multiplications for G_0, which is symmetric: the Triton kernels do no more."""
         return self.work(form, unit) * (0.75 if form == "overlap" and not any(unit) else 1)
 
     def multiplications(self, form: str, gradient: bool = True) -> int:
