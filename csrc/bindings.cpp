@@ -112,10 +112,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_srelu_backward(Tensor grad_o
   return {grad_shortcut, grad_branch, grad_bias, grad_scale};
 }
 
-// The next layer of the plan: groups, transposed, kernel (3), number of offsets, then 3 numbers per offset.
-OrthogonalityLayer read_layer(const Tensor& weight, const int64_t*& at, const int64_t* end) {
+// The next layer of the plan: groups, transposed, frequency, kernel (3), phases (3), number of units, then 3 numbers per
+// unit; and its waves.
+OrthogonalityLayer read_layer(const Tensor& weight, const int64_t*& at, const int64_t* end, const float*& waves,
+                              const float* waves_end) {
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_cpu(), "weights must be float32 on the CPU");
-  STD_TORCH_CHECK(end - at >= 6 && at[5] >= 0 && (end - at - 6) / 3 >= at[5], "plan must describe every weight");
+  STD_TORCH_CHECK(end - at >= 10 && at[9] >= 0 && (end - at - 10) / 3 >= at[9], "plan must describe every weight");
   OrthogonalityLayer layer{};
   layer.dims = weight.dim();
   layer.sizes = weight.sizes().data();
@@ -123,22 +125,34 @@ OrthogonalityLayer read_layer(const Tensor& weight, const int64_t*& at, const in
   layer.weight_strides = weight.strides().data();
   layer.groups = at[0];
   layer.transposed = at[1] != 0;
-  std::copy(at + 2, at + 5, layer.kernel);
+  layer.frequency = at[2] != 0;
+  std::copy(at + 3, at + 6, layer.kernel);
+  std::copy(at + 6, at + 9, layer.phases);
   layer.one_tap = layer.kernel[0] * layer.kernel[1] * layer.kernel[2] == 1;
-  layer.count = at[5];
-  layer.offsets = at + 6;
+  layer.count = at[9];
+  layer.units = at + 10;
+  layer.waves = waves;
   STD_TORCH_CHECK(layer.dims >= 2 && layer.dims <= 5 && layer.groups > 0 && layer.sizes[0] % layer.groups == 0,
                   "weights must be (groups * rows, columns, k...)");
-  for (int64_t d = 0; d < 3 && !layer.one_tap; ++d)
-    STD_TORCH_CHECK(layer.kernel[d] == (d + layer.dims < 5 ? 1 : layer.sizes[d + layer.dims - 3]),
+  int64_t blocks = 1;
+  for (int64_t d = 0; d < 3; ++d) {
+    STD_TORCH_CHECK(layer.one_tap || layer.kernel[d] == (d + layer.dims < 5 ? 1 : layer.sizes[d + layer.dims - 3]),
                     "plan must hold the kernel of every weight");
-  for (int64_t n = 0; n < 3 * layer.count; ++n)
-    STD_TORCH_CHECK(std::abs(layer.offsets[n]) < layer.kernel[n % 3], "offsets must be smaller than the kernel");
-  at = layer.offsets + 3 * layer.count;
+    STD_TORCH_CHECK(layer.phases[d] > 0, "phases must be positive");
+    STD_TORCH_CHECK(layer.frequency || layer.phases[d] == 1, "phases must be 1 for offsets");
+    blocks *= (layer.kernel[d] + layer.phases[d] - 1) / layer.phases[d];
+  }
+  for (int64_t n = 0; n < 3 * layer.count && !layer.frequency; ++n)
+    STD_TORCH_CHECK(std::abs(layer.units[n]) < layer.kernel[n % 3], "offsets must be smaller than the kernel");
+  if (layer.frequency) {
+    STD_TORCH_CHECK((waves_end - waves) / std::max<int64_t>(blocks, 1) >= layer.count, "waves must hold every frequency");
+    waves += layer.count * blocks;
+  }
+  at = layer.units + 3 * layer.count;
   return layer;
 }
 
-Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor plan,
+Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> grads, Tensor plan, Tensor waves,
                             std::vector<double> scale, bool add) {
   STD_TORCH_CHECK(grads.empty() || grads.size() == weights.size(), "grads must be as many as weights, or none");
   STD_TORCH_CHECK(scale.size() == weights.size(), "scale must be as many as weights");
@@ -146,9 +160,13 @@ Tensor orthogonality_small_(std::vector<Tensor> weights, std::vector<Tensor> gra
                   "plan must be contiguous int64 on the CPU");
   const auto* at = static_cast<const int64_t*>(plan.const_data_ptr());
   const int64_t* const end = at + plan.numel();
+  STD_TORCH_CHECK(waves.scalar_type() == ScalarType::Float && waves.is_contiguous() && waves.is_cpu(),
+                  "waves must be contiguous float32 on the CPU");
+  const auto* wave = static_cast<const float*>(waves.const_data_ptr());
+  const float* const waves_end = wave + waves.numel();
   std::vector<OrthogonalityLayer> layers;
   for (size_t n = 0; n < weights.size(); ++n) {
-    layers.push_back(read_layer(weights[n], at, end));
+    layers.push_back(read_layer(weights[n], at, end, wave, waves_end));
     layers[n].scale = static_cast<float>(scale[n]);
     if (grads.empty()) continue;
     check_same(grads[n], weights[n], "grads");

@@ -23,10 +23,10 @@ Precision = Literal["highest"]  # None: as fast as the tolerances allow
 # A layer is small if neither its residual nor a tap has more elements. Beyond, a layer deserves more than the one
 # thread that the compiled kernel gives it, and matrix products are large enough to use several.
 SMALL = 128**2
-# The compiled kernel multiplies a small layer's taps in cache; the frequency form must save this factor to be faster.
-# Measured on one thread of an AMD EPYC: with 2.9 times fewer products (32 channels, 5x5) the two take the same time,
-# with 3.6 (64 channels) the frequency form takes two thirds (docs/benchmarks.md).
-SMALL_FACTOR = 3
+# By this factor a small layer must multiply less over frequencies, for they take more additions and transposes too.
+# Measured with the compiled kernel on one thread of an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take as
+# long as over offsets; 16 channels multiply 1.42 times less and take 1.1 times less time (docs/benchmarks.md).
+SMALL_FACTOR = 1.2
 # What packing an element of a weight and writing its gradient cost a rank, in multiplications. As tools/schedule.py
 # predicts for a GPU: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
 TOUCH = 550
@@ -183,7 +183,8 @@ class Layer:
 
     @cached_property
     def form(self) -> str:
-        """How the closed form computes this layer: "overlap" or "frequency", the one with fewer multiplications.
+        """How the closed form and the compiled kernel compute this layer: "overlap" or "frequency", the one with fewer
+        multiplications.
 
         A small layer takes "frequency" only if this saves the factor SMALL_FACTOR. A thin layer always takes "overlap",
         whose few products are summed in float64. Ties go to "overlap".

@@ -78,8 +78,8 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
     """Each layer's penalty, (L,). Its gradient times scale * coefficient is written or added into `grads`, if any."""
     factors = [scale * c for c in problem.coefficients]
     forms = _forms(weights, problem)
-    units = problem.units(forms)
-    small = [n for n in small_layers.members(weights, problem.layers, grads) if forms[n] == "overlap"]
+    work = list(zip(forms, problem.units(forms), strict=True))
+    small = small_layers.members(weights, problem.layers, grads)
 
     def sink(n: int, grad: Tensor) -> None:
         if add:
@@ -87,21 +87,20 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
         else:
             torch.mul(grad, factors[n], out=grads[n])
 
-    work = list(zip(forms, units, strict=True))
+    others = list(work)
     for n in small:
-        work[n] = "overlap", ()
-    losses = closed_form.evaluate(weights, problem.layers, work, sink if grads else None)
+        others[n] = forms[n], ()
+    losses = closed_form.evaluate(weights, problem.layers, others, sink if grads else None)
     if small:
-        plan, constants = _small_plan(problem, small, units)
-        squares = ops.orthogonality_small_(
-            [weights[n] for n in small], [grads[n] for n in small if grads], plan, [factors[n] for n in small], add
-        )
+        plan, waves, constants = _small_plan(problem, small, work)
+        ours, theirs = [weights[n] for n in small], [grads[n] for n in small if grads]
+        squares = ops.orthogonality_small_(ours, theirs, plan, waves, [factors[n] for n in small], add)
         losses[small] = (squares - constants).to(losses.dtype)
     return losses
 
 
 def _forms(weights: Sequence[Tensor], problem: Problem) -> tuple[str, ...]:
-    """How the closed form computes each layer.
+    """How each layer is computed where the Triton kernels do not serve it.
 
     Where work is shared every rank must split it in the same way: on a GPU another rank may have the Triton kernels,
     which choose by a count of their own.
@@ -112,11 +111,11 @@ def _forms(weights: Sequence[Tensor], problem: Problem) -> tuple[str, ...]:
 
 
 def _small_plan(
-    problem: Problem, members: list[int], units: tuple[tuple[tuple[int, ...], ...], ...]
-) -> tuple[Tensor, Tensor]:
-    key = "small", *members
+    problem: Problem, members: list[int], work: Sequence[closed_form.Work]
+) -> tuple[Tensor, Tensor, Tensor]:
+    key = "small", *[(n, work[n][0]) for n in members]
     if key not in problem.tables:
-        problem.tables[key] = small_layers.plan([problem.layers[n] for n in members], [units[n] for n in members])
+        problem.tables[key] = small_layers.plan([problem.layers[n] for n in members], [work[n] for n in members])
     return problem.tables[key]
 
 

@@ -8,16 +8,27 @@ from torch import Tensor
 from torch.library import opcheck
 
 from isonet_fast import reference
-from isonet_fast.geometry import PENALTIES
+from isonet_fast.geometry import PENALTIES, Layer
 from isonet_fast.ops import _library, orthogonality, small_layers
 from isonet_fast.penalty_arguments import checked_layer
-from isonet_fast.problem import Problem
+from isonet_fast.problem import Problem, read
 from tests.cases import EMPTY_LAYERS, LAYERS, assert_accurate, layouts, random_weight
 
 if _library.why_not_compiled:
     pytest.skip(_library.why_not_compiled, allow_module_level=True)
 
 ops = torch.ops.isonet_fast
+
+both_forms = pytest.mark.usefixtures("form")
+
+
+@pytest.fixture(params=["overlap", "frequency"])
+def form(request, monkeypatch):
+    """Every layer in this form, whatever it costs."""
+    monkeypatch.setattr(Layer, "form", property(lambda layer: request.param))
+    read.cache_clear()
+    yield request.param
+    read.cache_clear()
 
 
 def problem_of(weights, geometry, part=(0, 1), coefficients=None):
@@ -65,6 +76,7 @@ def kernel_calls(monkeypatch):
     return calls
 
 
+@both_forms
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("shape, stride, dilation, groups", LAYERS + EMPTY_LAYERS)
 def test_against_the_reference(shape, stride, dilation, groups, penalty, kernel_calls):
@@ -72,12 +84,14 @@ def test_against_the_reference(shape, stride, dilation, groups, penalty, kernel_
     assert set(kernel_calls) == {1}
 
 
+@both_forms
 def test_every_layout_of_the_weight():
     for shape in ((12, 20, 3, 3), (6, 7, 2, 3, 2), (20, 12, 3)):
         for name, weight in layouts(random_weight(shape)):
             check(weight, 2, 1, 2, "isonet", message=name)
 
 
+@both_forms
 def test_every_tail_of_rows_and_columns_is_right():
     """Rows and columns around whole vectors of 8, pairs of vectors, and tiles of 6 rows."""
     for outputs in range(1, 20):
@@ -97,6 +111,25 @@ def test_the_gradient_near_the_optimum():
         assert_accurate(grad, exact, plain, shape)
 
 
+@pytest.mark.parametrize("channels, kernel", [(16, 3), (64, 3), (128, 3), (32, 5)])
+def test_the_gradient_near_the_optimum_is_at_least_as_exact_over_frequencies(channels, kernel):
+    errors = dict.fromkeys(["overlap", "frequency"], 0.0)
+    shape = (channels, channels, kernel, kernel)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        weight, noise = torch.zeros(shape), torch.randn(shape, generator=generator)
+        torch.nn.init.orthogonal_(weight[:, :, kernel // 2, kernel // 2], generator=generator)
+        weight += 1e-3 * noise * weight.norm() / noise.norm()
+        _, exact = expected(weight, 1, 1, 1, "isonet", torch.float64)
+        layer = checked_layer(weight, 1, 1, 1, "isonet")
+        for form in errors:
+            grad = torch.empty(shape)
+            plan, waves, _ = small_layers.plan([layer], [(form, layer.units(form))])
+            ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
+            errors[form] += ((grad - exact).norm() / exact.norm()).item()
+    assert errors["frequency"] <= errors["overlap"] < 1e-3
+
+
 @pytest.mark.parametrize(
     "shape, served", [((128, 128), 1), ((129, 129), 0), ((64, 256, 1, 1), 1), ((64, 257, 1, 1), 0), ((257, 64), 0)]
 )
@@ -114,6 +147,7 @@ def network():
     return [random_weight(spec[0]).requires_grad_() for spec in specs], geometry
 
 
+@both_forms
 def test_small_and_large_layers_mix_in_one_list(kernel_calls):
     weights, geometry = network()
     coefficients = [0.1 * (n + 1) for n in range(len(weights))]
@@ -137,6 +171,7 @@ def test_other_dtypes_in_the_list_are_left_to_the_closed_form(kernel_calls):
         torch.testing.assert_close(loss, expected(weight, 1, 1, 1, "isonet", torch.float64)[0], rtol=1e-5, atol=0)
 
 
+@both_forms
 @pytest.mark.parametrize("ranks", [2, 5, 200])
 def test_shares_of_all_ranks_add_up(ranks):
     weights, geometry = network()
@@ -156,6 +191,7 @@ def test_shares_of_all_ranks_add_up(ranks):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@both_forms
 def test_the_number_of_threads_changes_no_bit():
     weights, geometry = network()
     small = small_layers.members(weights, problem_of(weights, geometry).layers)
@@ -170,6 +206,7 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(results[0], again))
 
 
+@both_forms
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_stays_in_its_group(value):
     weight = random_weight((10, 5, 3, 3))
@@ -186,8 +223,9 @@ def test_not_a_number_stays_in_its_group(value):
 def arguments_of_the_op():
     weights = [random_weight((8, 6, 3, 3)), random_weight((5, 7))]
     layers = problem_of(weights, [(1, 1, 1, "isonet")] * 2).layers
-    plan, _ = small_layers.plan(layers, [layer.offsets for layer in layers])
-    return weights, [torch.zeros_like(w) for w in weights], plan, [1.0, 2.0], True
+    work = [(form, layer.units(form)) for layer, form in zip(layers, ("frequency", "overlap"))]
+    plan, waves, _ = small_layers.plan(layers, work)
+    return weights, [torch.zeros_like(w) for w in weights], plan, waves, [1.0, 2.0], True
 
 
 def test_opcheck():
@@ -196,19 +234,28 @@ def test_opcheck():
 
 
 def test_wrong_arguments_are_refused():
-    weights, grads, plan, scale, add = arguments_of_the_op()
+    weights, grads, plan, waves, scale, add = arguments_of_the_op()
+    assert plan[:10].tolist() == [1, 1, 1, 1, 3, 3, 1, 1, 1, 13] and plan[49:].tolist() == [1, 0, 0, *[1] * 7, 0, 0, 0]
+
+    def changed(place, value):
+        return torch.cat([plan[:place], plan.new_tensor([value]), plan[place + 1 :]])
+
     call = ops.orthogonality_small_
     for message, arguments in {
-        "grads must be as many as weights": (weights, grads[:1], plan, scale, add),
-        "scale must be as many as weights": (weights, grads, plan, scale[:1], add),
-        "plan must be contiguous int64": (weights, grads, plan.int(), scale, add),
-        "plan must describe every weight": (weights, grads, plan[:-1], scale, add),
-        "plan must hold the kernel": ([weights[0][..., :2], weights[1]], grads, plan, scale, add),
-        "weights must be float32": ([weights[0].double(), weights[1]], grads, plan, scale, add),
-        "grads must have the shape": (weights, [grads[0][:4], grads[1]], plan, scale, add),
-        "grads must have the dtype": (weights, [grads[0].double(), grads[1]], plan, scale, add),
-        "offsets must be smaller than the kernel": (weights, grads, torch.where(plan == 2, 3, plan), scale, add),
-        r"weights must be \(groups \* rows": (weights, grads, torch.cat([plan.new_tensor([3]), plan[1:]]), scale, add),
+        "grads must be as many as weights": (weights, grads[:1], plan, waves, scale, add),
+        "scale must be as many as weights": (weights, grads, plan, waves, scale[:1], add),
+        "plan must be contiguous int64": (weights, grads, plan.int(), waves, scale, add),
+        "plan must describe every weight": (weights, grads, plan[:-1], waves, scale, add),
+        "plan must hold the kernel": ([weights[0][..., :2], weights[1]], grads, plan, waves, scale, add),
+        "waves must be contiguous float32": (weights, grads, plan, waves.double(), scale, add),
+        "waves must hold every frequency": (weights, grads, plan, waves[:-1], scale, add),
+        "phases must be positive": (weights, grads, changed(7, 0), waves, scale, add),
+        "phases must be 1 for offsets": (weights, grads, changed(55, 2), waves, scale, add),
+        "weights must be float32": ([weights[0].double(), weights[1]], grads, plan, waves, scale, add),
+        "grads must have the shape": (weights, [grads[0][:4], grads[1]], plan, waves, scale, add),
+        "grads must have the dtype": (weights, [grads[0].double(), grads[1]], plan, waves, scale, add),
+        "offsets must be smaller than the kernel": (weights, grads, changed(60, 1), waves, scale, add),
+        r"weights must be \(groups \* rows": (weights, grads, changed(0, 3), waves, scale, add),
     }.items():
         with pytest.raises(RuntimeError, match=message):
             call(*arguments)
@@ -226,9 +273,9 @@ def test_a_gradient_that_is_added_to_counts_as_changed() -> None:
 
 def test_a_gradient_whose_elements_share_memory_is_refused() -> None:
     weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 1, 1).expand(4, 4, 3, 3)
-    weights, grads, plan, scale, add = arguments_of_the_op()
+    weights, grads, *rest = arguments_of_the_op()
     with pytest.raises(ValueError, match="has elements that share memory"):
         orthogonality.accumulate_grad_([weight], [grad], problem_of([weight], [(1, 1, 1, "isonet")]), 1.0)
     grads[0] = grads[0][..., :1].expand(grads[0].shape)
     with pytest.raises(RuntimeError, match="elements of grads must not share memory"):  # the bare op
-        ops.orthogonality_small_(weights, grads, plan, scale, add)
+        ops.orthogonality_small_(weights, grads, *rest)
