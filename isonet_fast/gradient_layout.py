@@ -27,16 +27,16 @@ class GradientSlot(NamedTuple):
     at_in_region: int
 
 
-class Flat(NamedTuple):
+class GradientLayout(NamedTuple):
     """The layout. `regions`: (dtype, start, end) of the gradients of each dtype in the buffer of all."""
 
     size: int
-    places: list[GradientSlot]
+    slots: list[GradientSlot]
     regions: list[tuple[torch.dtype, int, int]]
 
     def wide_views(self, flat: Tensor) -> list[Tensor]:
         """One view per weight of the buffer of all, before the gradients are rounded to their dtypes."""
-        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.places]
+        return [flat.as_strided(shape, strides, at) for _, shape, strides, at, _ in self.slots]
 
     def buffers(self, flat: Tensor) -> list[Tensor]:
         """A buffer per dtype."""
@@ -44,7 +44,7 @@ class Flat(NamedTuple):
 
     def views(self, buffers: Sequence[Tensor]) -> list[Tensor]:
         """Every gradient in its own dtype and strides, from `buffers`."""
-        return [buffers[region].as_strided(shape, strides, at) for region, shape, strides, _, at in self.places]
+        return [buffers[region].as_strided(shape, strides, at) for region, shape, strides, _, at in self.slots]
 
 
 def _strides(weight: Tensor) -> tuple[int, ...]:
@@ -54,7 +54,7 @@ def _strides(weight: Tensor) -> tuple[int, ...]:
     return torch.empty_like(weight, device="meta").stride()
 
 
-def lay_out(weights: Sequence[Tensor]) -> Flat:
+def layout_of(weights: Sequence[Tensor]) -> GradientLayout:
     """The layout of these weights' gradients. Layouts are cached, because every backward pass asks for one."""
     described = tuple([(weight.shape, _strides(weight), weight.dtype) for weight in weights])
     if torch.compiler.is_compiling():
@@ -65,19 +65,19 @@ def lay_out(weights: Sequence[Tensor]) -> Flat:
         return _arrange(described)
 
 
-def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> Flat:
-    places: dict[int, GradientSlot] = {}
+def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]) -> GradientLayout:
+    slots: dict[int, GradientSlot] = {}
     regions: list[tuple[torch.dtype, int, int]] = []
     at = 0
     for dtype in DTYPES:
         start = at
         members = [(n, shape, strides) for n, (shape, strides, own) in enumerate(described) if own == dtype]
         for n, shape, strides in members:
-            places[n] = GradientSlot(len(regions), tuple(shape), strides, at, at - start)
+            slots[n] = GradientSlot(len(regions), tuple(shape), strides, at, at - start)
             at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
         if members:  # empty ones too have a buffer to be views of
             regions.append((dtype, start, at))
-    return Flat(at, [places[n] for n in range(len(described))], regions)
+    return GradientLayout(at, [slots[n] for n in range(len(described))], regions)
 
 
 _known = functools.lru_cache(maxsize=64)(_arrange)

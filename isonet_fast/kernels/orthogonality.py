@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..gradient_layout import Flat, lay_out
+from ..gradient_layout import GradientLayout, layout_of
 from ..problem import Problem
 from . import packed, tiles
 from .finish import finish_kernel
@@ -111,7 +111,7 @@ def saved_like(weights: Sequence[Tensor], problem: Problem) -> list[Tensor]:
 
 def backward(grad_output: Tensor, saved: Sequence[Tensor], weights: Sequence[Tensor], problem: Problem) -> list[Tensor]:
     """grad_output * dloss/dW of every weight, in its dtype and strides: views of `backward_buffers`."""
-    return lay_out(weights).views(backward_buffers(grad_output, saved, weights, problem))
+    return layout_of(weights).views(backward_buffers(grad_output, saved, weights, problem))
 
 
 def backward_buffers(
@@ -162,7 +162,7 @@ class _CurrentStream(torch.cuda.device):
 
 def _grad_to_flat(
     tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], factor: Tensor, stream: Any
-) -> tuple[Flat, Tensor]:  # fmt: skip
+) -> tuple[GradientLayout, Tensor]:  # fmt: skip
     layout, view = tables.flat(weights)
     make = torch.empty if tables.plan.fills else torch.zeros
     flat = make(layout.size, dtype=torch.float32, device=tables.device)

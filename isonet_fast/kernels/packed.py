@@ -150,7 +150,7 @@ class Packed:
         return self.blocks * len(self.units) * self.offset_rows
 
 
-def lay_out(problem: Problem) -> list[Packed]:
+def pack_layers(problem: Problem) -> list[Packed]:
     """Every layer after the one before it, with what this rank computes."""
     packed: list[Packed] = []
     plane = residual = 0
@@ -189,7 +189,7 @@ def _narrow_pays(layers: Sequence[Layer], units: Sequence[tuple[Unit, ...]]) -> 
 
 def shapes(problem: Problem) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of `planes` and `residual`; at least one tile of each, as a descriptor of nothing is illegal."""
-    packed = lay_out(problem)
+    packed = pack_layers(problem)
     planes = max(sum(p.plane_rows for p in packed), 128)
     residual = max(sum(p.residual_rows for p in packed), 128)
     return (planes, PANEL), (residual, RESIDUAL_PANEL)

@@ -18,7 +18,7 @@ from ..problem import Problem
 from .grad import GRAD, RUN
 from .gram import GRAM
 from .pack import PACK
-from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, Unit, ceil, lay_out, pad, shapes
+from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, Unit, ceil, pack_layers, pad, shapes
 from .rows import joined, product, tabulate
 from .runs import append_part, append_tap_runs, append_wave_runs
 from .spectrum import Spectrum, plan_spectrum
@@ -71,7 +71,7 @@ class Plan:
     def __init__(self, problem: Problem, variant: str) -> None:
         self.layers, self.coefficients, self.precision = problem.layers, problem.coefficients, problem.precision
         self.variant = VARIANTS[variant]
-        self.packed = lay_out(problem)
+        self.packed = pack_layers(problem)
         self.planes_shape, self.residual_shape = shapes(problem)
         self._gram_tile = self._choose_gram()
         self._grad_tile = self._choose_grad()

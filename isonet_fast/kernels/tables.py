@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Layer
-from ..gradient_layout import Flat, lay_out
+from ..gradient_layout import GradientLayout, layout_of
 from ..penalty_arguments import check_gradients
 from .launch import Launches
 from .layout import VIEW
@@ -124,7 +124,7 @@ class Tables:
         self._static = _static_columns(plan)
         # Newest first. Several: gradients that are made anew at every step often alternate between a few places.
         self._views: dict[str, deque[View]] = {role: deque(maxlen=4) for role in ("read", "add")}
-        self._flat: tuple[Flat, Table] | None = None
+        self._flat: tuple[GradientLayout, Table] | None = None
 
     def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor | None:
         """The view of weights ("read") or of gradients ("add"); None for gradients that are not float32.
@@ -175,11 +175,11 @@ class Tables:
             torch._foreach_add_(list(column.unbind()), rows[name].tolist())
         return table
 
-    def flat(self, weights: Sequence[Tensor]) -> tuple[Flat, Table]:
+    def flat(self, weights: Sequence[Tensor]) -> tuple[GradientLayout, Table]:
         """The layout of the gradients' buffer, and the view of it: addresses relative to its start."""
-        flat = lay_out(weights)
+        flat = layout_of(weights)
         if self._flat is None or self._flat[0] is not flat:
-            addresses, strides = [p.at * 4 for p in flat.places], [p.strides for p in flat.places]
+            addresses, strides = [p.at * 4 for p in flat.slots], [p.strides for p in flat.slots]
             rows = self._rows(strides, [torch.float32] * len(weights))
             self._flat = flat, self._placed(rows, addresses, False)
         return self._flat

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..dtypes import wide
-from ..gradient_layout import lay_out
+from ..gradient_layout import layout_of
 from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
 from . import closed_form, small_layers
@@ -69,7 +69,7 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
     if serves(weights):
         return _triton().forward(weights, problem, save)
     saved = _saved_like(weights) if save else []
-    grads = lay_out(weights).views(saved) if saved else []
+    grads = layout_of(weights).views(saved) if saved else []
     losses = _evaluate(weights, problem, grads, 1.0, add=False)
     return _total(losses, problem.coefficients), losses, saved
 
@@ -121,7 +121,7 @@ def _small_plan(
 
 def _saved_like(weights: Sequence[Tensor]) -> list[Tensor]:
     """The closed form keeps the gradients themselves: 0 for a layer of another rank."""
-    regions = lay_out(weights).regions
+    regions = layout_of(weights).regions
     return [weights[0].new_zeros(end - start, dtype=wide(dtype)) for dtype, start, end in regions]
 
 
@@ -143,7 +143,7 @@ def _orthogonality_loss_backward(
 ) -> list[Tensor]:
     if serves(weights):
         return _triton().backward_buffers(grad_output, saved, weights, read(problem, _shapes(weights)))
-    regions = lay_out(weights).regions
+    regions = layout_of(weights).regions
     return [(buffer * grad_output).to(dtype) for buffer, (dtype, _, _) in zip(saved, regions, strict=True)]
 
 
@@ -151,7 +151,7 @@ def _orthogonality_loss_backward(
 def _orthogonality_loss_backward_fake(
     grad_output: Tensor, saved: list[Tensor], weights: list[Tensor], problem: str
 ) -> list[Tensor]:
-    return [weights[0].new_empty(end - start, dtype=dtype) for dtype, start, end in lay_out(weights).regions]
+    return [weights[0].new_empty(end - start, dtype=dtype) for dtype, start, end in layout_of(weights).regions]
 
 
 class OrthogonalityLoss(torch.autograd.Function):
@@ -176,7 +176,7 @@ class OrthogonalityLoss(torch.autograd.Function):
                 "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
             )
         weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        grads = lay_out(weights).views(ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text))
+        grads = layout_of(weights).views(ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text))
         return None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:], strict=True))
 
 

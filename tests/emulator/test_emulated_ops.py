@@ -12,7 +12,9 @@ import sys
 import pytest
 from emulator_build import HERE, ROOT, build, obstacle
 
-TESTS = ("csrc/test_kernels.py", "ops/test_srelu.py", "ops/test_residual_srelu.py", "nn/test_srelu.py")
+# Every op with kernels in csrc/ has tests of its name.
+OPS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
+TESTS = ("csrc/test_kernels.py", *(f"ops/test_{op}.py" for op in OPS), "nn/test_srelu.py")
 CPU_ALONE = "test_a_sum_that_cancels_is_rounded_once"  # sums of few terms are kept in double there, not on a GPU
 SKIPS = ("no GPU", "no second GPU", "graphs and streams are CUDA's")  # what only a GPU can show
 

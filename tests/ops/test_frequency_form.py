@@ -233,7 +233,7 @@ def test_ranks_on_a_gpu_share_the_units_of_the_triton_kernels():
     forms = orthogonality._forms([weight] * len(MIXED), problem)
     assert forms == ("frequency", "overlap", "frequency", "frequency", "overlap")
     kernels = pytest.importorskip("isonet_fast.kernels.packed")
-    assert tuple(p.units for p in kernels.lay_out(problem)) == problem.units(forms)
+    assert tuple(p.units for p in kernels.pack_layers(problem)) == problem.units(forms)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
