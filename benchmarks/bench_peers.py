@@ -142,9 +142,9 @@ PROVIDERS = (
 )
 
 
-def trainings(session: Session, channels: int) -> dict[str, Training]:
+def trainings(session: Session, channels: int, providers: Sequence[str]) -> dict[str, Training]:
     found = {}
-    for provider in PROVIDERS:
+    for provider in providers:
         torch.manual_seed(0)
         try:
             found[provider] = Training(*layer(provider, channels), channels, session.device)
@@ -183,13 +183,18 @@ def case(channels: int) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> Session:
-    args = parser(__doc__).parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--channels", type=int, nargs="+", default=CHANNELS)
+    options.add_argument("--without", nargs="+", default=(), choices=PROVIDERS, help="the slow ones take an hour")
+    args = options.parse_args(arguments)
     session = Session("peers", args)
-    for channels in (8,) if session.dry else CHANNELS:
-        for found in session.case(f"{channels} channels", functools.partial(trainings, session, channels)):
+    providers = [provider for provider in PROVIDERS if provider not in args.without]
+    for channels in (8,) if session.dry else args.channels:
+        make = functools.partial(trainings, session, channels, providers)
+        for found in session.case(f"{channels} channels", make):
             contenders = [Contender(provider, training.step) for provider, training in found.items()]
             session.compare(Workload("peers", "step", case(channels), "float32"), contenders, seconds=20.0)
-        for found in session.case(f"{channels} channels", functools.partial(trainings, session, channels)):
+        for found in session.case(f"{channels} channels", make):
             keep(session, channels, found)
     return session
 
