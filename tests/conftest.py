@@ -31,6 +31,18 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(params=["overlap", "frequency"])
+def form(request, monkeypatch):
+    """Every layer in this form, whatever it costs."""
+    from isonet_fast.geometry import Layer
+    from isonet_fast.problem import read
+
+    monkeypatch.setattr(Layer, "form", property(lambda layer: request.param))
+    read.cache_clear()
+    yield request.param
+    read.cache_clear()
+
+
 def pytest_collection_modifyitems(config, items):
     """Away from the CPU only what concerns the device runs: the rest has been tested already."""
     if config.getoption("--device") == "cpu":

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.library import opcheck
 
 from isonet_fast import reference
-from isonet_fast.geometry import PENALTIES, Layer
+from isonet_fast.geometry import PENALTIES
 from isonet_fast.ops import _library, orthogonality, small_layers
 from isonet_fast.penalty_arguments import checked_layer
-from isonet_fast.problem import Problem, read
+from isonet_fast.problem import Problem
 from tests.cases import EMPTY_LAYERS, LAYERS, assert_accurate, layouts, random_weight
 
 if _library.why_not_compiled:
@@ -20,15 +20,6 @@ if _library.why_not_compiled:
 ops = torch.ops.isonet_fast
 
 both_forms = pytest.mark.usefixtures("form")
-
-
-@pytest.fixture(params=["overlap", "frequency"])
-def form(request, monkeypatch):
-    """Every layer in this form, whatever it costs."""
-    monkeypatch.setattr(Layer, "form", property(lambda layer: request.param))
-    read.cache_clear()
-    yield request.param
-    read.cache_clear()
 
 
 def problem_of(weights, geometry, part=(0, 1), coefficients=None):

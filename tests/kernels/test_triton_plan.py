@@ -14,7 +14,7 @@ from isonet_fast.kernels import grad, gram, pack, packed, split_k, transform
 from isonet_fast.kernels import plan as planning
 from isonet_fast.problem import Problem
 
-FLOOR = {18: 192, 34: 358, 50: 184, 101: 310}  # GFLOP of ISONet: bf16x3 gram and gradient, DESIGN.md 3.2
+FLOOR = {18: 192, 34: 358, 50: 184, 101: 310}  # GFLOP of ISONet: bf16x3 gram and gradient, without padding
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 VARIANTS = ["tma", "pointer"]
 

@@ -10,21 +10,12 @@ from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer, split_work
 from isonet_fast.ops import closed_form, orthogonality, overlap_form
 from isonet_fast.penalty_arguments import checked_layer
-from isonet_fast.problem import Problem, read
+from isonet_fast.problem import Problem
 from tests.cases import LAYERS, LAYOUTS, random_weight
 
 ops = torch.ops.isonet_fast
 
 both_forms = pytest.mark.usefixtures("form")  # where the closed form computes
-
-
-@pytest.fixture(params=["overlap", "frequency"])
-def form(request, monkeypatch):
-    """Every layer in this form, whatever it costs."""
-    monkeypatch.setattr(Layer, "form", property(lambda layer: request.param))
-    read.cache_clear()
-    yield request.param
-    read.cache_clear()
 
 
 def weights_like(shape, kind, device, dtype):
