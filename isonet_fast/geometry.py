@@ -27,8 +27,8 @@ SMALL = 128**2
 # Measured with the compiled kernel on one thread of an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take as
 # long as over offsets; 16 channels multiply 1.42 times less and take 1.1 times less time (docs/benchmarks.md).
 SMALL_FACTOR = 1.2
-# What packing an element of a weight and writing its gradient cost a rank, in multiplications. As tools/schedule.py
-# predicts for a GPU: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
+# What packing an element of a weight and writing its gradient cost a rank with the Triton kernels, in multiplications,
+# as tools/schedule.py predicts: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
 TOUCH = 550
 # The transforms of the frequency form take as long as its products where channels are few. Of the products of the form
 # over offsets it has 0.26 for 5x5, 0.34 for 3x3x3, and gains as tools/schedule.py predicts for a GPU; networks of few
@@ -220,8 +220,8 @@ class Layer:
         wave = self.groups * math.prod(self.periods) * self.rows * self.columns * wide
         return square * wide * (2 + 3 * gradient) + 2 * wave * (1 + gradient)  # cosine and sine, there and back
 
-    def cost(self, form: str, unit: tuple[int, ...]) -> float:
-        """`work`, with half of the multiplications for G_0, which is symmetric: the Triton kernels do no more."""
+    def triton_work(self, form: str, unit: tuple[int, ...]) -> float:
+        """`work` of the Triton kernels, which multiply half of G_0, for it is symmetric."""
         return self.work(form, unit) * (0.75 if form == "overlap" and not any(unit) else 1)
 
     def multiplications(self, form: str, gradient: bool = True) -> int:
@@ -229,27 +229,29 @@ class Layer:
 
 
 def split_work(
-    layers: tuple[Layer, ...], index: int, count: int, forms: Sequence[str] | None = None
+    layers: tuple[Layer, ...], index: int, count: int, forms: Sequence[str] | None = None, triton: bool = False
 ) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """The units of each layer that rank `index` of `count` computes, balanced by what they cost.
 
-    A unit costs its multiplications, and the first unit of a layer on a rank also that layer's packing and writing.
-    The unit with the most multiplications first, each to the rank that then has the least cost: the same split on every
-    rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms` units are offsets.
+    A unit costs its multiplications; for the Triton kernels the first unit of a layer on a rank also costs the layer's
+    packing and writing. The unit with the most multiplications first, each to the rank that then has the least cost:
+    the same split on every rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms` units
+    are offsets.
     """
     forms = forms or ["overlap"] * len(layers)
     if count == 1:
         return tuple(layer.units(form) for layer, form in zip(layers, forms, strict=True))
+    work, per_element = (Layer.triton_work, TOUCH) if triton else (Layer.work, 0)
     units = sorted(
-        (-layer.cost(form, unit), n, unit)
+        (-work(layer, form, unit), n, unit)
         for n, (layer, form) in enumerate(zip(layers, forms, strict=True))
         for unit in layer.units(form)
     )
     load = [0.0] * count
     mine: list[list[list[tuple[int, ...]]]] = [[[] for _ in layers] for _ in range(count)]
-    for negative_cost, n, unit in units:
-        touch = TOUCH * math.prod(layers[n].shape)
-        costs = [load[rank] - negative_cost + (0 if mine[rank][n] else touch) for rank in range(count)]
+    for negative_work, n, unit in units:
+        touch = per_element * math.prod(layers[n].shape)
+        costs = [load[rank] - negative_work + (0 if mine[rank][n] else touch) for rank in range(count)]
         rank = costs.index(min(costs))
         load[rank] = costs[rank]
         mine[rank][n].append(unit)

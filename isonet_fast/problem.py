@@ -40,7 +40,7 @@ class Problem:
         # torch.compile traces this class, but no functools.cached_property
         self._text: str | None = None
         self._unique: Problem | None = None
-        self._units: dict[tuple[str, ...], tuple[tuple[tuple[int, ...], ...], ...]] = {}
+        self._units: dict[tuple[tuple[str, ...], bool], tuple[tuple[tuple[int, ...], ...], ...]] = {}
         self._by_precision: list[tuple[list[int], Problem]] | None = None
 
     @property
@@ -63,11 +63,15 @@ class Problem:
             self._unique = read(self.text, tuple([layer.shape for layer in self.layers]))
         return self._unique
 
-    def units(self, forms: tuple[str, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """The units of each layer that this rank computes, if every layer is computed in this form."""
-        if forms not in self._units:
-            self._units[forms] = split_work(self.layers, *self.share, forms)
-        return self._units[forms]
+    def units(self, forms: tuple[str, ...], triton: bool = False) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The units of each layer that this rank computes, if every layer is computed in this form.
+
+        triton: whether ranks have the Triton kernels.
+        """
+        key = forms, triton
+        if key not in self._units:
+            self._units[key] = split_work(self.layers, *self.share, *key)
+        return self._units[key]
 
     @property
     def by_precision(self) -> list[tuple[list[int], Problem]]:

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, geometry, reference, regularizer
+from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, geometry, models, reference, regularizer
 from isonet_fast.ops import orthogonality
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
+from isonet_fast.regularizer import official_filter
 
 DOUBLE = torch.float64
 
@@ -153,6 +154,22 @@ def test_units_are_split_without_loss_or_repetition_and_evenly(ranks):
     work = [sum(one.work("overlap", t) for one, ts in zip(layers, share) for t in ts) for share in shares]
     largest = max(one.work("overlap", t) for one in layers for t in one.offsets)
     assert max(work) <= max(sum(work) / ranks * 1.1, largest)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("name", ["isonet18", "isonet34", "isonet50", "isonet_cifar"])
+def test_without_a_gpu_ranks_multiply_equally(name, ranks):
+    """What it costs the Triton kernels to touch a layer does not count there."""
+    with torch.device("meta"):
+        net = models.isonet_cifar(32) if name == "isonet_cifar" else getattr(models, name)()
+    convolutions = [m for key, m in net.named_modules() if isinstance(m, OrthoConv2d) and official_filter(key, m)]
+    weights = [m.weight for m in convolutions]
+    layers = tuple(checked_layer(m.weight, m.stride, m.dilation, m.groups, "isonet") for m in convolutions)
+    work = []
+    for rank in range(ranks):
+        shares = orthogonality._work(weights, Problem(layers, (1.0,) * len(layers), None, (rank, ranks)))
+        work.append(sum(one.work(form, u) for one, (form, units) in zip(layers, shares) for u in units))
+    assert max(work) <= 1.001 * sum(work) / ranks
 
 
 def test_last_is_this_ranks_share_and_the_summary_is_whole(fake_ranks):

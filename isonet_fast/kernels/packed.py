@@ -155,7 +155,7 @@ def pack_layers(problem: Problem) -> list[Packed]:
     packed: list[Packed] = []
     plane = residual = 0
     fast = problem.precision is None
-    units = problem.units(tuple([layer.triton_form for layer in problem.layers]))
+    units = problem.units(tuple([layer.triton_form for layer in problem.layers]), triton=True)
     narrow = fast and _narrow_pays(problem.layers, units)
     for layer, own in zip(problem.layers, units, strict=True):
         if math.prod(layer.shape) >= 2**31:

@@ -77,8 +77,7 @@ def _orthogonality_loss(weights: list[Tensor], text: str, save: bool) -> tuple[T
 def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tensor], scale: float, add: bool) -> Tensor:
     """Each layer's penalty, (L,). Its gradient times scale * coefficient is written or added into `grads`, if any."""
     factors = [scale * c for c in problem.coefficients]
-    forms = _forms(weights, problem)
-    work = list(zip(forms, problem.units(forms), strict=True))
+    work = _work(weights, problem)
     small = small_layers.members(weights, problem.layers, grads)
 
     def sink(n: int, grad: Tensor) -> None:
@@ -89,7 +88,7 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
 
     others = list(work)
     for n in small:
-        others[n] = forms[n], ()
+        others[n] = work[n][0], ()
     losses = closed_form.evaluate(weights, problem.layers, others, sink if grads else None)
     if small:
         plan, waves, constants = _small_plan(problem, small, work)
@@ -99,15 +98,16 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
     return losses
 
 
-def _forms(weights: Sequence[Tensor], problem: Problem) -> tuple[str, ...]:
-    """How each layer is computed where the Triton kernels do not serve it.
+def _work(weights: Sequence[Tensor], problem: Problem) -> list[closed_form.Work]:
+    """How each layer is computed where the Triton kernels do not serve it, and which units of it.
 
     Where work is shared every rank must split it in the same way: on a GPU another rank may have the Triton kernels,
-    which choose by a count of their own.
+    which choose and count in a way of their own.
     """
-    if problem.share[1] > 1 and any(w.is_cuda for w in weights) and not any(w.dtype == torch.float64 for w in weights):
-        return tuple([layer.triton_form for layer in problem.layers])
-    return tuple([layer.form for layer in problem.layers])
+    float64 = any(w.dtype == torch.float64 for w in weights)
+    triton = problem.share[1] > 1 and any(w.is_cuda for w in weights) and not float64
+    forms = tuple([layer.triton_form if triton else layer.form for layer in problem.layers])
+    return list(zip(forms, problem.units(forms, triton), strict=True))
 
 
 def _small_plan(

@@ -289,7 +289,7 @@ def test_runs_name_every_pair_once(offsets):
         layers = (Layer(shape, (stride,) * dims, (dilation,) * dims, 1, "isonet"),)
         for rank in range(1 if offsets == "whole" else 3):
             problem = Problem(layers, (1.0,), None, (rank, 1 if offsets == "whole" else 3))
-            plan, ts = planning.Plan(problem, "tma"), problem.units(("overlap",))
+            plan, ts = planning.Plan(problem, "tma"), problem.units(("overlap",), triton=True)
             (one,) = plan.packed
             kernel = one.kernel
             for table in plan.grad_tiles.values():

@@ -230,10 +230,10 @@ def test_shares_of_a_network_of_both_forms_add_up(ranks):
 def test_ranks_on_a_gpu_share_the_units_of_the_triton_kernels():
     """One of them may have only the closed form."""
     problem, weight = mixed_problem((1, 2)), types.SimpleNamespace(is_cuda=True, dtype=torch.float32)
-    forms = orthogonality._forms([weight] * len(MIXED), problem)
+    forms, units = zip(*orthogonality._work([weight] * len(MIXED), problem))
     assert forms == ("frequency", "overlap", "frequency", "frequency", "overlap")
     kernels = pytest.importorskip("isonet_fast.kernels.packed")
-    assert tuple(p.units for p in kernels.pack_layers(problem)) == problem.units(forms)
+    assert tuple(p.units for p in kernels.pack_layers(problem)) == units
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

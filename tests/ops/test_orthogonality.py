@@ -288,7 +288,7 @@ def test_shares_are_balanced_for_isonet_50_on_eight_ranks():
         sum(layer.work("overlap", t) for layer, ts in zip(layers, split_work(layers, r, 8)) for t in ts)
         for r in range(8)
     ]
-    assert max(work) <= 1.15 * sum(work) / 8 and min(work) >= 0.85 * sum(work) / 8
+    assert max(work) <= 1.01 * sum(work) / 8 and min(work) >= 0.99 * sum(work) / 8
     units = [(n, t) for r in range(8) for n, ts in enumerate(split_work(layers, r, 8)) for t in ts]
     assert sorted(units) == sorted((n, t) for n, layer in enumerate(layers) for t in layer.offsets)
 
