@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .convert import adopt, compiled
-from .nn import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear, ResidualSReLU, SReLU
+from .nn import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear
 
 _log = logging.getLogger(__name__)
 _PARENTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -95,39 +93,14 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-class _SReLU(nn.Module):
-    srelu_bias: Tensor
-    dims: int | None  # how many axes follow the channels'; None: all but the first two
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.srelu_bias.to(x.dtype)
-        shape = [1, -1] + [1] * (x.dim() - 2) if self.dims is None else [-1] + [1] * self.dims
-        return torch.maximum(x, bias.view(shape))
-
-
-class _Join(_SReLU):
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return _SReLU.forward(self, shortcut + branch)
-
-
-class _ScaledJoin(_SReLU):
-    def forward(self, shortcut: Tensor, branch: Tensor, scale: Any = 1.0) -> Tensor:  # type: ignore[override]
-        return _SReLU.forward(self, shortcut + (branch * scale).reshape(shortcut.shape))
-
-
 def _trace(module: nn.Module, parent: nn.Module | None) -> fx.Graph:
-    """The forward as a graph of standard operators, in which each child is one call.
-
-    The blocks of this package hold 2-d layers, and they call a join with two arguments (without a scale).
-    """
+    """The forward as a graph of standard operators, in which each child is one call."""
     within = parent is not None and _ours(type(parent))
-    forwards: dict[type[nn.Module], type[nn.Module]] = {SReLU: _SReLU, ResidualSReLU: _Join if within else _ScaledJoin}
-    plain = forwards.get(type(module))
     tracer = fx.Tracer()  # itself, no subclass of ours: a graph module remembers the tracer's class
     tracer.is_leaf_module = lambda *_: True  # type: ignore[method-assign]
-    known = getattr(module, "spatial_dims", None)
-    dims = 2 if within else known if isinstance(known, int) else None
-    graph = tracer.trace(module if plain is None else adopt(plain, module, dims=dims))
+    names = [*["_in_torch_in_block"] * within, "_in_torch", "forward"]
+    tracer.traced_func_name = next(name for name in names if hasattr(module, name))
+    graph = tracer.trace(module)
     for node in graph.nodes:
         node.type = None  # an annotation would be written into the source, and TorchScript cannot read it there
     return graph

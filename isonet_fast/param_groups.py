@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import SharedScale, SharedShift
+from .nn import SharedScale
+from .nn.srelu import SharedShift
 
 
 def param_groups(model: nn.Module, lr: float | Tensor, weight_decay: float) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import subprocess
 import sys
@@ -180,12 +181,34 @@ def test_what_is_left_is_listed_once(caplog):
         assert fragment in record.getMessage()
 
 
-@pytest.mark.parametrize("name", isonet_fast.nn.__all__)
-def test_no_layer_needs_the_package_afterwards(name):
+LAYERS = [
+    kind
+    for file in (isonet_fast.nn.conv, isonet_fast.nn.srelu)
+    for name, kind in vars(file).items()
+    if inspect.isclass(kind) and issubclass(kind, nn.Module) and kind.__module__ == file.__name__ and name[0] != "_"
+]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_layer_needs_the_package_afterwards(kind):
+    name = kind.__name__
     sizes = (2, 2, 1) if "Conv" in name else (2, 2) if name == "OrthoLinear" else (2,) if "SReLU" in name else ()
-    layer = deconvert(getattr(isonet_fast.nn, name)(*sizes))
+    layer = deconvert(kind(*sizes))
     assert not any(kind.startswith("isonet_fast") for kind in classes(layer))
     assert "isonet_fast" not in getattr(layer, "code", "")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYERS if hasattr(kind, "_in_torch")])
+def test_an_activation_is_the_same_function(kind):
+    layer = generic(kind(4))
+    required = [p for p in inspect.signature(layer.forward).parameters.values() if p.default is p.empty]
+    tensors = [torch.randn(2, 4, 3, 5, dtype=DOUBLE, requires_grad=True) for _ in required]
+    y = layer(*tensors)
+    expected = [y, *torch.autograd.grad(y.square().sum(), [*tensors, layer.srelu_bias])]
+    y = deconvert(layer)(*tensors)
+    got = [y, *torch.autograd.grad(y.square().sum(), [*tensors, layer.srelu_bias])]
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
 def test_what_is_no_module_is_refused():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..nn import OrthoConv2d, SharedScale, SharedShift
+from ..nn import OrthoConv2d, SharedScale
+from ..nn.srelu import SharedShift
 from .ingredients import Ingredients
 
 

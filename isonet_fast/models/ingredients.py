@@ -13,7 +13,8 @@ from typing import Any, Literal, TypedDict
 from torch import nn
 
 from ..geometry import Penalty
-from ..nn import OrthoConv2d, ResidualSReLU, SharedScale, SharedShift, SReLU
+from ..nn import OrthoConv2d, ResidualSReLU, SharedScale, SReLU
+from ..nn.srelu import SharedShift
 from .arguments import truth
 
 

@@ -9,7 +9,8 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from ..nn import OrthoConv2d, SharedShift
+from ..nn import OrthoConv2d
+from ..nn.srelu import SharedShift
 from .arguments import dropout_rate, integer, positive
 from .blocks import BasicBranch, BottleneckBranch, Head, stage, through
 from .ingredients import Ingredients, Switches

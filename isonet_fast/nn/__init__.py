@@ -1,15 +1,4 @@
-"""Layers: drop-in replacements for their torch.nn parents."""
+"""Layers: drop-in replacements for their torch.nn parents. Each file names its own in `__all__`."""
 
-from .conv import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear
-from .srelu import ResidualSReLU, SharedScale, SharedShift, SReLU
-
-__all__ = [
-    "OrthoConv1d",
-    "OrthoConv2d",
-    "OrthoConv3d",
-    "OrthoLinear",
-    "ResidualSReLU",
-    "SReLU",
-    "SharedScale",
-    "SharedShift",
-]
+from .conv import *
+from .srelu import *

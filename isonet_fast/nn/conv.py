@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .. import functional, init
 from ..geometry import PENALTIES, Penalty
 
+__all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d", "OrthoLinear"]
+
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Size1 = int | tuple[int]
 Size2 = int | tuple[int, int]
@@ -207,6 +209,3 @@ class OrthoLinear(Orthogonal, nn.Linear):
     ) -> None:
         self._choose(penalty)
         super().__init__(in_features, out_features, bias, device, dtype)
-
-
-__all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d", "OrthoLinear"]

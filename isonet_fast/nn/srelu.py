@@ -13,6 +13,8 @@ from ..activation_arguments import check_dtype, checked_spatial_dims, number, po
 from ..dtypes import wide
 from .conv import Device, OrthoConv1d, OrthoConv2d, OrthoConv3d
 
+__all__ = ["ResidualSReLU", "SReLU", "SharedScale"]
+
 
 class _ChannelBias(nn.Module):
     """What both activations hold: `srelu_bias` (1, C, 1, 1), whether they write over their input, and its rank."""
@@ -40,6 +42,12 @@ class _ChannelBias(nn.Module):
         writing over some views (those that full backward hooks make), and compiled code cannot tell which ones. It
         loses nothing, because the compiler allocates the memory itself."""
         return self.inplace and not (torch.compiler.is_compiling() and x._base is not None)
+
+    def _bias_over(self, x: Tensor) -> Tensor:
+        """The bias in the dtype of x, in a shape that broadcasts over x. For the `_in_torch` of the layers."""
+        dims = self.spatial_dims
+        shape = [-1] + [1] * dims if isinstance(dims, int) else [1, -1] + [1] * (x.dim() - 2)
+        return self.srelu_bias.to(x.dtype).view(shape)
 
     def extra_repr(self) -> str:
         dims = f", spatial_dims={self.spatial_dims}" if isinstance(self.spatial_dims, int) else ""
@@ -70,6 +78,10 @@ class SReLU(_ChannelBias):
     def forward(self, x: Tensor) -> Tensor:
         return functional.srelu(x, self.srelu_bias, self._writes_over(x), self.spatial_dims)
 
+    def _in_torch(self, x: Tensor) -> Tensor:
+        """The forward in operators of torch alone, which `deconvert` puts in the layer's place."""
+        return torch.maximum(x, self._bias_over(x))
+
 
 class ResidualSReLU(_ChannelBias):
     """y = max(shortcut + s * branch, b), the join of a residual block (`functional.residual_srelu`).
@@ -88,6 +100,15 @@ class ResidualSReLU(_ChannelBias):
     def forward(self, shortcut: Tensor, branch: Tensor, scale: Tensor | None = None) -> Tensor:
         inplace = self._writes_over(branch)
         return functional.residual_srelu(shortcut, branch, self.srelu_bias, scale, inplace, self.spatial_dims)
+
+    def _in_torch(self, shortcut: Tensor, branch: Tensor, scale: Any = 1.0) -> Tensor:
+        y = shortcut + (branch * scale).reshape(shortcut.shape)
+        return torch.maximum(y, self._bias_over(y))
+
+    def _in_torch_in_block(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """In the blocks of `isonet_fast.models`, which call a join without a scale."""
+        y = shortcut + branch
+        return torch.maximum(y, self._bias_over(y))
 
 
 class SharedScale(nn.Module):
