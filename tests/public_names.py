@@ -1,8 +1,12 @@
-"""What the package offers: the names of `isonet_fast.__all__`, and the functions of the modules among them."""
+"""What the package offers: the names of `isonet_fast.__all__`, and the functions of the modules among them. And what
+docs/api.md documents."""
 
 from __future__ import annotations
 
 import inspect
+import pkgutil
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,3 +29,21 @@ def _functions(name: str, module: ModuleType) -> dict[str, Any]:
         for function, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__.startswith(module.__name__) and not function.startswith("_")
     }
+
+
+def documented_names() -> dict[str, Any]:
+    """The entries of docs/api.md. One that names a module stands for the members that it lists, or that the module's
+    `__all__` lists, or for the functions of the module."""
+    found: dict[str, Any] = {}
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    for entry in re.split(r"^::: ", page, flags=re.MULTILINE)[1:]:
+        name, listed = entry.split()[0], re.search(r"members: \[(.*?)\]", entry)
+        value = pkgutil.resolve_name(name)
+        if not isinstance(value, ModuleType):
+            found[name] = value
+        elif listed or hasattr(value, "__all__"):
+            members = listed[1].split(", ") if listed else value.__all__
+            found |= {f"{name}.{member}": getattr(value, member) for member in members}
+        else:
+            found |= _functions(name, value)
+    return found
