@@ -82,9 +82,10 @@ class OrthoRegularizer:
     sharded in another way, and RuntimeError if `fully_shard` was called after the regularizer was made.
 
     Examples:
-        >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8))
+        >>> conv = isonet_fast.OrthoConv2d(4, 8, 3)
+        >>> net = nn.Sequential(conv, isonet_fast.SReLU(8))
         >>> reg = isonet_fast.OrthoRegularizer(net, coeff=0.5)
-        >>> net[0].weight.data *= 2  # four singular values 2: 1/2 * 4 * (2^2 - 1)^2
+        >>> conv.weight.data *= 2  # four singular values 2: 1/2 * 4 * (2^2 - 1)^2
         >>> loss = net(torch.zeros(1, 4, 8, 8)).mean() + reg()
         >>> loss.backward()
         >>> reg.last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -38,8 +40,17 @@ def run(folder: Path, *command: str | Path) -> str:
     return result.stdout
 
 
-def test_the_right_file_uses_every_public_name() -> None:
-    used = RIGHT.read_text()
+def examples() -> str:
+    """The examples of all docstrings, each as the body of a function."""
+    text = "import torch\nfrom torch import nn\nimport isonet_fast\n"
+    for name, value in public_names().items():
+        body = "".join(example.source for example in doctest.DocTestParser().get_examples(value.__doc__))
+        text += f"def {name.replace('.', '_')}() -> None:\n{textwrap.indent(body, '    ')}"
+    return text
+
+
+def test_what_is_checked_uses_every_public_name() -> None:
+    used = RIGHT.read_text() + examples()
     assert not [name for name in public_names() if not re.search(rf"\b{re.escape(name)}\(", used)]
 
 
@@ -52,7 +63,8 @@ def test_the_types_name_every_penalty() -> None:
 @needs_mypy
 def test_mypy_accepts_right_calls_and_refuses_wrong_ones(tmp_path, pytestconfig) -> None:
     cache = pytestconfig.cache.mkdir("mypy")
-    command = ["-m", "mypy", "--strict", "--config-file=", "--cache-dir", cache, RIGHT, WRONG]
+    (tmp_path / "examples.py").write_text(examples())
+    command = ["-m", "mypy", "--strict", "--config-file=", "--cache-dir", cache, RIGHT, WRONG, "examples.py"]
     printed = run(tmp_path, sys.executable, *command)
     errors = re.findall(r"^(.*?):(\d+): error: (.*)$", printed, re.MULTILINE)
     assert not [error for error in errors if not error[0].endswith(WRONG.name)]

@@ -1,4 +1,4 @@
-"""Every public name, used as a user would: no type checker finds a fault here."""
+"""The public names with arguments of every kind. No type checker finds a fault here, or in the docstrings' examples."""
 
 import torch
 from torch import Tensor, nn
