@@ -31,6 +31,7 @@ from .pack import pack_kernel
 from .packed import RESIDUAL_PANEL
 from .plan import Plan
 from .tables import Tables
+from .tiles import GradTile
 from .transform import transform_back_kernel, transform_kernel
 
 
@@ -55,49 +56,46 @@ def forward(
     weights: Sequence[Tensor],
     problem: Problem,
     save: bool,
+    split_k: tuple[Tensor, Tensor] | None = None,
     aside: torch.cuda.Stream | None = None,
-    arrivals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`.
 
     The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for it before it
-    goes on without these tensors, whose memory is its own. `arrivals` is what a gradient will count in that follows.
+    goes on without these tensors, whose memory is its own. `split_k` is what a gradient that follows will use too.
     """
     tables = tables_of(problem, weights[0].device)
     plan, device, launch = tables.plan, tables.device, tables.launches
     split = plan.precision is None
     dtype = torch.bfloat16 if split else torch.float32
-    with _on(device) as stream:
+    with _on(tables) as stream:
         hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
         lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
         residual = torch.empty(plan.residual_shape if save else (1, RESIDUAL_PANEL), dtype=dtype, device=device)
         partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
-        parts = torch.empty(plan.gram_parts * plan.variant.gram[0].block ** 2, dtype=torch.float32, device=device)
-        if arrivals is None:
-            arrivals = _arrivals(tables)
         losses = torch.empty(len(weights), dtype=torch.float32, device=device)
         loss = torch.empty((), dtype=torch.float32, device=device)
         arguments: tuple
+        parts, arrivals = split_k or _split_k(tables, after_pack=True)
         view = tables.view("read", weights, stream)
         if len(plan.pack_tiles):
-            arguments = (hi, lo, tables.pack.on(stream), view, arrivals, plan.arrivals)
+            arguments = (hi, lo, tables.pack, view, arrivals, plan.arrivals)
             launch("pack", pack_kernel, len(plan.pack_tiles), arguments, tiles.pack_options(plan.variant))
         if len(plan.spectrum.there):
-            arguments = (hi, lo, tables.there.on(stream), tables.waves.on(stream), view)
+            arguments = (hi, lo, tables.there, tables.waves, view)
             launch("transform", transform_kernel, len(plan.spectrum.there), arguments, tiles.transform_options(split))
         for tile, table in tables.gram.items():
             box = [tile.block, tile.chunk]
-            planes = _plane(hi, box, plan), _plane(lo, box, plan)
-            arguments = (*planes, residual, partials, parts, arrivals, table.on(stream))
+            arguments = (_plane(hi, box, plan), _plane(lo, box, plan), residual, partials, parts, arrivals, table)
             options = tiles.gram_options(plan.variant, tile, save)
-            launch(("gram", tile, save), gram_kernel, len(plan.gram_tiles[tile]), arguments, options)
+            launch(("gram", tile, save), gram_kernel, len(table), arguments, options)
         if aside is not None:
             aside.wait_stream(stream)
-            stream = aside
+            tables.use_on(aside)
         with contextlib.nullcontext() if aside is None else torch.cuda.stream(aside):
             arguments = (
-                loss, losses, partials, tables.ranges.on(stream), tables.shares.on(stream),
-                tables.constants.on(stream), tables.coefficients.on(stream), len(weights), plan.longest_range,
+                loss, losses, partials, tables.ranges, tables.shares, tables.constants, tables.coefficients,
+                len(weights), plan.longest_range,
             )  # fmt: skip
             launch("finish", finish_kernel, 1, arguments, tiles.FINISH_OPTIONS)
     return loss, losses, [hi, residual] if save else []
@@ -119,8 +117,8 @@ def backward_buffers(
 ) -> list[Tensor]:
     """The gradients, a buffer per dtype of the weights (see gradient_layout.py)."""
     tables = tables_of(problem, weights[0].device)
-    with _on(tables.device) as stream:
-        layout, flat = _grad_to_flat(tables, weights, saved, grad_output, stream)
+    with _on(tables) as stream:
+        layout, flat = _grad_to_flat(tables, weights, saved, grad_output, _split_k(tables, after_pack=False), stream)
     return layout.buffers(flat)
 
 
@@ -132,16 +130,16 @@ def accumulate_grad_(
     Raises as `penalty_arguments.check_gradients` does, before any gradient changes.
     """
     tables = tables_of(problem, weights[0].device)
-    with _on(tables.device) as stream:
+    with _on(tables) as stream:
         view = tables.view("add", grads, stream)
+        split_k = _split_k(tables, after_pack=True)
         # One program of finish keeps one multiprocessor busy: beside the gradient, which doesn't need the loss
-        arrivals = _arrivals(tables)
-        loss, losses, saved = forward(weights, problem, True, tables.aside, arrivals)
+        loss, losses, saved = forward(weights, problem, True, split_k, tables.aside)
         if view is not None and not any(map(Tensor.is_neg, grads)):
-            _grad(tables, saved, arrivals, view, stream, scale=float(scale))
+            _grad(tables, saved, split_k, view, scale=float(scale))
         else:  # formed in float32, added with one rounding
             factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
-            layout, flat = _grad_to_flat(tables, weights, saved, factor, stream)
+            layout, flat = _grad_to_flat(tables, weights, saved, factor, split_k, stream)
             for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
                 grad.add_(addend)
         if tables.aside is not None:
@@ -149,64 +147,81 @@ def accumulate_grad_(
     return loss, losses
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
+def _on(tables: Tables) -> contextlib.AbstractContextManager:
     """Launches go to the weights' device, on its current stream."""
-    return _CurrentStream(device) if device.type == "cuda" else contextlib.nullcontext()
+    return _CurrentStream(tables) if tables.device.type == "cuda" else contextlib.nullcontext()
 
 
 class _CurrentStream(torch.cuda.device):
+    def __init__(self, tables: Tables) -> None:
+        super().__init__(tables.device)
+        self._tables = tables
+
     def __enter__(self) -> Any:
         super().__enter__()
-        return torch.cuda.current_stream(self.idx)
+        stream = torch.cuda.current_stream(self.idx)
+        self._tables.use_on(stream)
+        return stream
+
+
+def _split_k(tables: Tables, after_pack: bool) -> tuple[Tensor, Tensor]:
+    """`parts` and `arrivals` of split_k.py. `after_pack`: pack sets the second to 0, if it is launched.
+
+    One `parts` for gram and for the gradient that follows on the same stream.
+    """
+    plan, device = tables.plan, tables.device
+    if not plan.arrivals:
+        return tables.unsplit
+    make = torch.empty if after_pack and len(plan.pack_tiles) else torch.zeros
+    parts = torch.empty(plan.parts_size, dtype=torch.float32, device=device)
+    return parts, make(plan.arrivals, dtype=torch.int32, device=device)
 
 
 def _grad_to_flat(
-    tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], factor: Tensor, stream: Any
+    tables: Tables, weights: Sequence[Tensor], saved: Sequence[Tensor], factor: Tensor,
+    split_k: tuple[Tensor, Tensor], stream: Any,
 ) -> tuple[GradientLayout, Tensor]:  # fmt: skip
     layout, view = tables.flat(weights)
     make = torch.empty if tables.plan.fills else torch.zeros
     flat = make(layout.size, dtype=torch.float32, device=tables.device)
-    arrivals = torch.zeros(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
-    _grad(tables, saved, arrivals, view.on(stream), stream, flat=flat, grad_output=factor.float())
+    _grad(tables, saved, split_k, view.on(stream), flat=flat, grad_output=factor.float())
     return layout, flat
 
 
-def _arrivals(tables: Tables) -> Tensor:
-    """What gram counts in, and a gradient that follows at once: 0, or set to 0 by pack."""
-    make = torch.empty if len(tables.plan.pack_tiles) else torch.zeros
-    return make(tables.plan.arrivals, dtype=torch.int32, device=tables.device)
-
-
 def _grad(
-    tables: Tables, saved: Sequence[Tensor], arrivals: Tensor, view: Tensor, stream: Any,
+    tables: Tables, saved: Sequence[Tensor], split_k: tuple[Tensor, Tensor], view: Tensor,
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
     """Into `flat` (times grad_output), or added to what the view points at (times scale)."""
-    plan, device, largest = tables.plan, tables.device, tables.plan.variant.grad[0]
+    plan = tables.plan
     hi, residual = saved
-    parts = torch.empty(plan.grad_parts * largest.rows * largest.columns, dtype=torch.float32, device=device)
-    runs = tables.runs.on(stream)
 
-    def launch(made: dict, planned: dict, out: Tensor | None, *rest: Any) -> None:
+    def launch(made: dict[GradTile, Tensor], out: Tensor | None, *rest: Any) -> None:
         """Per tile size, with `rest` of the kernel's arguments."""
         for tile, table in made.items():
             arguments = (
                 _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),
-                _plane(hi, [tile.depth, tile.columns], plan), out, parts, arrivals, table.on(stream), runs, *rest,
+                _plane(hi, [tile.depth, tile.columns], plan), out, *split_k, table, tables.runs, *rest,
             )  # fmt: skip
             options = tiles.grad_options(plan.variant, tile, out is None)
-            tables.launches(("grad", tile, out is None), grad_kernel, len(planned[tile]), arguments, options)
+            tables.launches(("grad", tile, out is None), grad_kernel, len(table), arguments, options)
 
-    launch(tables.grad, plan.grad_tiles, flat, view, tables.coefficients.on(stream), grad_output, scale)
+    launch(tables.grad, flat, view, tables.coefficients, grad_output, scale)
     if len(plan.spectrum.back):
-        spectrum = torch.empty(plan.spectrum.size, dtype=torch.float32, device=device)
-        factor = tables.one.on(stream) if grad_output is None else grad_output
-        place, factors = tables.spectrum_view.on(stream), tables.spectrum_coefficients.on(stream)
-        launch(tables.spectrum, plan.spectrum_tiles, spectrum, place, factors, factor, 1.0)
-        arguments = (spectrum, flat, tables.back.on(stream), tables.waves.on(stream), view, scale)
+        spectrum = torch.empty(plan.spectrum.size, dtype=torch.float32, device=tables.device)
+        factor = tables.one if grad_output is None else grad_output
+        launch(tables.spectrum, spectrum, tables.spectrum_view, tables.spectrum_coefficients, factor, 1.0)
+        arguments = (spectrum, flat, tables.back, tables.waves, view, scale)
         options = tiles.transform_back_options(flat is None)
         tables.launches(("back", flat is None), transform_back_kernel, len(plan.spectrum.back), arguments, options)
 
 
+class _Plane(TensorDescriptor):
+    """Boxes of a matrix that is aligned by construction: no call checks it again."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def _plane(tensor: Tensor, box: list[int], plan: Plan) -> Any:
-    return TensorDescriptor.from_tensor(tensor, box) if plan.variant.tma else tensor
+    return _Plane(tensor, tensor.shape, tensor.stride(), box) if plan.variant.tma else tensor

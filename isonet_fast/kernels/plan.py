@@ -108,6 +108,12 @@ class Plan:
         return 1 / np.array([p.divisor for p in self.packed], np.float64)
 
     @property
+    def parts_size(self) -> int:
+        """Elements of `parts`, for whichever of gram and the gradient needs more."""
+        gram, grad = self.variant.gram[0], self.variant.grad[0]
+        return max(self.gram_parts * gram.block**2, self.grad_parts * grad.rows * grad.columns)
+
+    @cached_property
     def fills(self) -> bool:
         """Whether the gradient's tiles write every element: those of t = 0 do, and any frequency's transform back."""
         return all(any(p.by_frequency or not any(t) for t in p.units) for p in self.packed)

@@ -20,7 +20,6 @@ from ..penalty_arguments import check_gradients
 from .launch import Launches
 from .layout import VIEW
 from .plan import Plan
-from .tiles import GradTile, GramTile
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -29,37 +28,53 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Table:
-    """A host array on the device, usable on any stream. Named columns become those of a matrix."""
+class DeviceArrays:
+    """Copies of host arrays on one device, made on one stream and usable on any."""
 
-    tensor: Tensor
-
-    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         if capturing(device):
             raise RuntimeError(
                 "the orthogonality penalty met something new while a CUDA graph was captured; call it once with the "
                 "same weights, coefficients and precision before the capture"
             )
-        host = torch.from_numpy(_numbers(array))
+        self._device = device
+        self._tensors: list[Tensor] = []
         if device.type == "cuda":
-            stream = torch.cuda.current_stream(device)
-            self.tensor = host.pin_memory().to(device, non_blocking=True)
-            self._streams = {stream.cuda_stream}  # where it may be read
+            self._streams = {torch.cuda.current_stream(device).cuda_stream}  # where they may be read
             self._sent = torch.cuda.Event()
-            self._sent.record(stream)
-        else:
-            self.tensor = host.clone()
 
-    def on(self, stream: torch.cuda.Stream | None) -> Tensor:
-        """The tensor, once kernels launched on this stream may read it."""
+    def add(self, array: np.ndarray) -> Tensor:
+        """The copy. Named columns become those of a matrix."""
+        host = torch.from_numpy(_numbers(array))
+        if self._device.type == "cuda":
+            self._tensors.append(host.pin_memory().to(self._device, non_blocking=True))
+            self._sent.record(torch.cuda.current_stream(self._device))
+        else:
+            self._tensors.append(host.clone())
+        return self._tensors[-1]
+
+    def use_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Have kernels that are launched on this stream from now on see the copies."""
         if stream is None:
-            return self.tensor
+            return
         if torch.cuda.is_current_stream_capturing():
             _captured.add(self)  # a graph may be replayed for ever; what came before the capture has completed
         elif stream.cuda_stream not in self._streams:
             stream.wait_event(self._sent)
-            self.tensor.record_stream(stream)
+            for tensor in self._tensors:
+                tensor.record_stream(stream)
             self._streams.add(stream.cuda_stream)
+
+
+class Table(DeviceArrays):
+    """One array that comes and goes by itself."""
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        super().__init__(device)
+        self.tensor = self.add(array)
+
+    def on(self, stream: torch.cuda.Stream | None) -> Tensor:
+        self.use_on(stream)
         return self.tensor
 
 
@@ -70,7 +85,7 @@ def _numbers(array: np.ndarray) -> np.ndarray:
     return array.view(number).reshape(len(array), array.dtype.itemsize // np.dtype(number).itemsize)
 
 
-_captured: set[Table] = set()  # tables that a CUDA graph reads
+_captured: set[DeviceArrays] = set()  # what a CUDA graph reads
 
 
 class View(NamedTuple):
@@ -83,48 +98,52 @@ class View(NamedTuple):
     table: Table | None  # None: the kernels can't write these dtypes
 
 
-class Tables:
+class Flat(NamedTuple):
+    """The buffer for the gradients of weights of these strides and dtypes."""
+
+    strides: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    layout: GradientLayout
+    table: Table  # its view
+
+
+class Tables(DeviceArrays):
     """Everything of one plan that lives on one device."""
 
     plan: Plan
     device: torch.device
-    pack: Table
-    runs: Table
-    ranges: Table
-    constants: Table
-    shares: Table
-    coefficients: Table
-    there: Table
-    back: Table
-    waves: Table
-    spectrum_view: Table
-    spectrum_coefficients: Table
-    one: Table
+    unsplit: tuple[Tensor, Tensor]
     launches: Launches
     aside: torch.cuda.Stream | None  # on a GPU, for what need not be waited for
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
+        super().__init__(device)
         self.plan, self.device = plan, device
-        self.pack = Table(plan.pack_tiles, device)
-        self.gram: dict[GramTile, Table] = {tile: Table(rows, device) for tile, rows in plan.gram_tiles.items()}
-        self.grad: dict[GradTile, Table] = {tile: Table(rows, device) for tile, rows in plan.grad_tiles.items()}
-        self.runs = Table(plan.runs, device)
-        self.ranges = Table(plan.partial_ranges, device)
-        self.constants = Table(plan.constants, device)
-        self.shares = Table(plan.shares, device)
-        self.coefficients = Table(np.array(plan.coefficients, np.float64), device)
-        self.spectrum_coefficients = Table(plan.shares * plan.coefficients, device)
-        self.there, self.back = Table(plan.spectrum.there, device), Table(plan.spectrum.back, device)
-        self.waves = Table(plan.spectrum.waves, device)
-        self.spectrum: dict[GradTile, Table] = {tile: Table(rows, device) for tile, rows in plan.spectrum_tiles.items()}
-        self.spectrum_view = Table(plan.spectrum.views, device)
-        self.one = Table(np.ones(1, np.float32), device)
+        self.pack = self.add(plan.pack_tiles)
+        self.gram = {tile: self.add(rows) for tile, rows in plan.gram_tiles.items()}
+        self.grad = {tile: self.add(rows) for tile, rows in plan.grad_tiles.items()}
+        self.runs = self.add(plan.runs)
+        self.ranges = self.add(plan.partial_ranges)
+        self.constants = self.add(plan.constants)
+        self.shares = self.add(plan.shares)
+        self.coefficients = self.add(np.array(plan.coefficients, np.float64))
+        self.spectrum_coefficients = self.add(plan.shares * plan.coefficients)
+        self.there, self.back = self.add(plan.spectrum.there), self.add(plan.spectrum.back)
+        self.waves = self.add(plan.spectrum.waves)
+        self.spectrum = {tile: self.add(rows) for tile, rows in plan.spectrum_tiles.items()}
+        self.spectrum_view = self.add(plan.spectrum.views)
+        self.one = self.add(np.ones(1, np.float32))
+        # `parts` and `arrivals` where no tile is split
+        self.unsplit = (
+            torch.empty(0, dtype=torch.float32, device=device),
+            torch.empty(0, dtype=torch.int32, device=device),
+        )
         self.launches = Launches()
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._static = _static_columns(plan)
         # Newest first. Several: gradients that are made anew at every step often alternate between a few places.
         self._views: dict[str, deque[View]] = {role: deque(maxlen=4) for role in ("read", "add")}
-        self._flat: tuple[GradientLayout, Table] | None = None
+        self._flat: Flat | None = None
 
     def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor | None:
         """The view of weights ("read") or of gradients ("add"); None for gradients that are not float32.
@@ -177,12 +196,14 @@ class Tables:
 
     def flat(self, weights: Sequence[Tensor]) -> tuple[GradientLayout, Table]:
         """The layout of the gradients' buffer, and the view of it: addresses relative to its start."""
-        flat = layout_of(weights)
-        if self._flat is None or self._flat[0] is not flat:
-            addresses, strides = [p.at * 4 for p in flat.slots], [p.strides for p in flat.slots]
-            rows = self._rows(strides, [torch.float32] * len(weights))
-            self._flat = flat, self._placed(rows, addresses, False)
-        return self._flat
+        strides, dtypes = [t.stride() for t in weights], [t.dtype for t in weights]
+        flat = self._flat
+        if flat is None or (flat.strides, flat.dtypes) != (strides, dtypes):
+            layout = layout_of(weights)
+            addresses, packed = [p.at * 4 for p in layout.slots], [p.strides for p in layout.slots]
+            rows = self._rows(packed, [torch.float32] * len(weights))
+            flat = self._flat = Flat(strides, dtypes, layout, self._placed(rows, addresses, False))
+        return flat.layout, flat.table
 
     def _rows(self, strides: list, dtypes: list) -> np.ndarray:
         """A view of tensors wherever they are: one row each."""

@@ -175,7 +175,8 @@ class OrthogonalityLoss(torch.autograd.Function):
                 "orthogonality_loss is differentiable once, but create_graph=True asked for a graph of its gradient; "
                 "isonet_fast.reference.orthogonality_loss is the form that is differentiable at every order"
             )
-        weights, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        tensors = ctx.saved_tensors  # each look at it checks every version anew
+        weights, saved = tensors[: ctx.count], tensors[ctx.count :]
         grads = layout_of(weights).views(ops.orthogonality_loss_backward(grad_output, saved, weights, ctx.text))
         return None, None, *(g if n else None for g, n in zip(grads, ctx.needs_input_grad[2:], strict=True))
 

@@ -312,7 +312,7 @@ def test_pieces_of_tiles_add_up_in_any_order(device):
         tables = kernels.tables_of(problem, weights[0].device)
         assert tables.plan.gram_parts and tables.plan.grad_parts
         for table in (*tables.gram.values(), *tables.grad.values()) if backwards else ():
-            table.tensor.copy_(table.tensor.flip(0))
+            table.copy_(table.flip(0))
         loss, _, saved = kernels.forward(weights, problem, True)
         results.append([loss, *kernels.backward(torch.ones((), device=device), saved, weights, problem)])
     added = torch.zeros_like(weights[0])

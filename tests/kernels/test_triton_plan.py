@@ -98,8 +98,11 @@ def test_launches_of_a_call(depth, monkeypatch):
     assert len(launched) <= 6
     assert len({view.untyped_storage().data_ptr() for view in views}) == 1
     monkeypatch.setattr(tables.Tables, "_rows", None)  # nothing is sent again
-    orthogonality.accumulate_grad_(weights, grads, problem, 1.0)
     orthogonality.backward(torch.ones(()), saved, weights, problem)
+    empty, made = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda size, **options: made.append(size) or empty(size, **options))
+    orthogonality.accumulate_grad_(weights, grads, problem, 1.0)
+    assert len(made) == 6  # two planes, residuals, partial sums, penalties, total: no tile is split
 
 
 def test_finish_runs_beside_the_gradient(monkeypatch):
@@ -122,7 +125,7 @@ def test_finish_runs_beside_the_gradient(monkeypatch):
         yield
         current.pop()
 
-    monkeypatch.setattr(tables.Table, "on", lambda self, stream: self.tensor)
+    monkeypatch.setattr(tables.DeviceArrays, "use_on", lambda self, stream: None)
     monkeypatch.setattr(orthogonality, "_on", lambda device: contextlib.nullcontext(Stream("main")))
     monkeypatch.setattr(torch.cuda, "stream", stream)
     layers = (Layer((8, 8, 3, 3), (1, 1), (1, 1), 1, "isonet"),)
