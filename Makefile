@@ -41,7 +41,7 @@ bench: $(READY)  ## the CPU lines of the performance targets
 
 # Not for the GPU in this machine, as other builds are.
 docs: $(READY)  ## the documentation site: build/site/index.html
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(READY)  ## dist/*.whl, with CUDA kernels for every architecture (with a CUDA torch, or ISONET_FAST_CUDA=1)
 	ISONET_FAST_CUDA_ARCHS=release $(BIN)/python -m build --wheel --no-isolation

@@ -38,7 +38,7 @@ def test_every_picture_is_linked():
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="mkdocstrings is not installed")
 def test_the_site_builds_without_a_warning_and_shows_every_name(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]  # --quiet counts none
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
