@@ -51,22 +51,26 @@ class OrthoRegularizer:
     forward may compute another weight (weight standardisation), weights that are sparse, complex, quantised or of a
     foreign tensor class. A regularizer that finds nothing to penalise warns.
 
-    model: the network. With `work_group`, pass the DistributedDataParallel module, so that `no_sync` is noticed. With
-        FSDP2, pass the network after `fully_shard`. In a detector, the default filter also takes the convolutions of
-        the pyramid and the heads. Restrict it to the backbone with `filter=lambda name, module:
-        name.startswith("backbone.body.") and official_filter(name, module)`. The detectors of `models.detection` do not
-        need this: there, these convolutions have `penalty = None`. Any convolution with that attribute is left out.
-    coeff: a finite number of at least 0, or `callable(name, module)` that gives one, asked once per layer.
-    penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain convolutions).
-    filter: `callable(name, module) -> bool`; None: `official_filter`, all but 7x7 kernels and three input channels.
-    interval: k - 1 of k calls return 0, and the k-th returns k times the value. The counter is in the `state_dict`.
-        `reg()` under no_grad (validation) is not counted and always returns the current value.
-    work_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
-        its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
-    precision: as for `functional.orthogonality_loss`.
-    include: classes that are covered too: nn.Linear; nn.ConvTranspose1d to 3d, as the adjoint operator of the
-        convolution whose weight it shares; a subclass with a forward of its own that computes with the weight itself.
-    shard_group: the former name of `work_group`, deprecated.
+    Args:
+        model: the network. With `work_group`, pass the DistributedDataParallel module, so that `no_sync` is noticed.
+            With FSDP2, pass the network after `fully_shard`. In a detector, the default filter also takes the
+            convolutions of the pyramid and the heads. Restrict it to the backbone with `filter=lambda name, module:
+            name.startswith("backbone.body.") and official_filter(name, module)`. The detectors of `models.detection` do
+            not need this: there, these convolutions have `penalty = None`. Any convolution with that attribute is left
+            out.
+        coeff: a finite number of at least 0, or `callable(name, module)` that gives one, asked once per layer.
+        penalty: "isonet", "lorth" or "matrix" for every layer; None: each layer's own ("isonet" for plain
+            convolutions).
+        filter: `callable(name, module) -> bool`; None: `official_filter`, all but 7x7 kernels and three input channels.
+        interval: k - 1 of k calls return 0, and the k-th returns k times the value. The counter is in the `state_dict`.
+            `reg()` under no_grad (validation) is not counted and always returns the current value.
+        work_group: a process group over which the work is split by (layer, offset); each rank's value and gradient are
+            its share times the number of ranks, so that the averaging of data parallelism yields the exact full ones.
+        precision: as for `functional.orthogonality_loss`.
+        include: classes that are covered too: nn.Linear; nn.ConvTranspose1d to 3d, as the adjoint operator of the
+            convolution whose weight it shares; a subclass with a forward of its own that computes with the weight
+            itself.
+        shard_group: the former name of `work_group`, deprecated.
 
     `last` is the unweighted penalty of the last computed call, detached, without synchronising the device (under
     `work_group`: of this rank's share; `last_total()` adds the shares); 0 before the first.

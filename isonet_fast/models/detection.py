@@ -82,16 +82,17 @@ def maskrcnn(
 ) -> nn.Module:
     """Mask R-CNN (He et al., ICCV 2017) with a feature pyramid on `body`: torchvision's MaskRCNN.
 
-    body: a network of the paper by its name ("risonet50"), one that you made (`isonet_cifar(32, residual=True)`; its
-        head is taken off), or for comparison "resnet18", "resnet34", "resnet50", "resnet101" of torchvision.
-    num_classes: with the background, which is class 0.
-    weights_backbone: a checkpoint file of the classifier, official or of this package, in every layout that
-        `load_official` reads; for a ResNet torchvision's state_dict. The classifier's last layer is left out.
-    trainable_backbone_layers: how many parts of the body train, counted from the last stage; the stem is one too. None:
-        3 with `weights_backbone`, as in torchvision, else all.
-    norm: only matters for a body with BatchNorm. "frozen" fixes its statistics and weights, "live" keeps BatchNorm.
-    channels: of the pyramid and of the heads.
-    options: of torchvision's MaskRCNN (min_size, max_size, rpn_..., box_...).
+    Args:
+        body: a network of the paper by its name ("risonet50"), one that you made (`isonet_cifar(32, residual=True)`;
+            its head is taken off), or for comparison "resnet18", "resnet34", "resnet50", "resnet101" of torchvision.
+        num_classes: with the background, which is class 0.
+        weights_backbone: a checkpoint file of the classifier, official or of this package, in every layout that
+            `load_official` reads; for a ResNet torchvision's state_dict. The classifier's last layer is left out.
+        trainable_backbone_layers: how many parts of the body train, counted from the last stage; the stem is one too.
+            None: 3 with `weights_backbone`, as in torchvision, else all.
+        norm: only matters for a body with BatchNorm. "frozen" fixes its statistics and weights, "live" keeps BatchNorm.
+        channels: of the pyramid and of the heads.
+        **options: of torchvision's MaskRCNN (min_size, max_size, rpn_..., box_...).
 
     Every convolution outside the body has `penalty = None`: `OrthoRegularizer(detector)` penalises the body alone.
 

@@ -19,21 +19,28 @@ from .arguments import truth
 
 
 class Switches(TypedDict, total=False):
-    """The keyword arguments that every constructor takes beside its own.
+    """The keyword arguments that every network takes beside its own. A default is the network as published.
 
-    activation: "srelu", or "relu"; then convolutions without normalisation behind them have biases, initially 0.
-    bias_init, bias_learned: SReLU's b, -1 and learned as published.
-    initialisation: "delta" (the 7x7 stem: PyTorch's), or "kaiming": normal with variance 2 / (kernel size x outputs).
-    normalisation: "none", or "batch": BatchNorm behind every convolution, its weight 0 at first behind a branch's last.
-        The official code does so without a skip too; the network is a constant then and does not train, until these
-        weights are set to 1.
-    fixup: Fixup in place of a normalisation (Zhang, Dauphin, Ma, ICLR 2019). It needs residual=True, activation="relu",
-        normalisation="none" and initialisation="kaiming". It adds a scalar bias before every convolution, every
-        activation and the classifier, and a multiplier that starts at 1 after every branch. There are no other biases.
-        The last convolution of each branch and the classifier start at 0. The other convolutions of a branch are
-        divided by L^(1/(2m-2)), for L branches of m convolutions.
-    branch_scale: the initial value of the shared scalar after every branch, or None for no such scalar. "published" is
-        0 in R-ISONet and None in ISONet.
+    Attributes:
+        activation: "srelu", or "relu"; then convolutions without normalisation behind them have biases, initially 0.
+        bias_init: the initial value of SReLU's b, -1 as published.
+        bias_learned: whether b is learned, as published.
+        initialisation: "delta" (the 7x7 stem: PyTorch's), or "kaiming": normal with variance 2 / (kernel size x
+            outputs).
+        normalisation: "none", or "batch": BatchNorm behind every convolution, its weight 0 at first behind a branch's
+            last. The official code does so without a skip too; the network is a constant then and does not train, until
+            these weights are set to 1.
+        fixup: Fixup in place of a normalisation (Zhang, Dauphin, Ma, ICLR 2019). It needs residual=True,
+            activation="relu", normalisation="none" and initialisation="kaiming". It adds a scalar bias before every
+            convolution, every activation and the classifier, and a multiplier that starts at 1 after every branch.
+            There are no other biases. The last convolution of each branch and the classifier start at 0. The other
+            convolutions of a branch are divided by L^(1/(2m-2)), for L branches of m convolutions.
+        branch_scale: the initial value of the shared scalar after every branch, or None for no such scalar. "published"
+            is 0 in R-ISONet and None in ISONet.
+
+    Examples:
+        >>> isonet_fast.models.isonet_cifar(8, activation="relu", normalisation="batch").stem.relu
+        ReLU(inplace=True)
     """
 
     activation: Literal["srelu", "relu"]
