@@ -2,7 +2,8 @@
 
 Triton 3.6.0, with TRITON_INTERPRET=1, multiplies bf16 operands as if their bits were integers, rounds float32 to bf16
 without carrying into the exponent, and computes tf32 products in float32. It also patches the language anew at every
-call of a helper function, over the patches that are there: most of the time that small kernels take.
+call of a helper function, over the patches that are there, and describes shapes and types anew at every operation: most
+of the time that small kernels take.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 
 import numpy as np
 import triton.language as tl
@@ -53,15 +55,57 @@ def _dot(self, a, b, accumulator, input_precision, max_num_imprecise_acc):
     return Handle(operand(a) @ operand(b) + accumulator.data, accumulator.dtype.scalar)
 
 
+def _remember_types() -> None:
+    """A type's numpy dtype, a block's type and a tensor's shape are described once each."""
+    dtype_of, describe, unwrap = interpreter._get_np_dtype, tl.block_type.__init__, tl.core._unwrap_if_constexpr
+    dtypes, blocks = {}, {}
+
+    def np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(dtype.scalar)
+        return dtypes[name]
+
+    def block_type(self, element, shape):
+        key = element.name, *map(unwrap, shape)
+        if key not in blocks:
+            describe(self, element, shape)
+            blocks[key] = vars(self).copy()
+        vars(self).update(blocks[key])
+
+    @functools.cache
+    def extent(*sizes):
+        return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(math.prod(sizes))
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = extent(*(type.shape if type.is_block() else ()))
+
+    interpreter._get_np_dtype, tl.block_type.__init__, tl.tensor.__init__ = np_dtype, block_type, tensor
+
+
+def _patch_attr(owner, name, builtin, builder, scope) -> None:
+    """As Triton's, without a copy of the arguments at every call."""
+    function, semantic = getattr(builtin, "__wrapped__", builtin), interpreter.TritonSemantic(builder)
+
+    def interpreted(*arguments, _semantic=None, **options):
+        return function(*arguments, _semantic=semantic, **options)
+
+    scope.set_attr(owner, name, interpreted)
+
+
 def repair() -> None:
     if Builder.create_dot is _dot:
         return
     Builder.create_dot = _dot
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(Builder, name, functools.partialmethod(functools.partial(_cast, getattr(Builder, name))))
+    _remember_types()
+    interpreter._patch_attr = _patch_attr
     patch = interpreter._patch_lang
     patched: set[tuple[bool, bool]] = set()
 
+    @functools.cache
     def patch_once(fn):
         modules = list(filter(inspect.ismodule, fn.__globals__.values()))
         key = tl in modules, tl.core in modules
