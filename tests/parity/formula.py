@@ -15,11 +15,12 @@ BATCH, SIZE = 2, 64  # the last stage still has 2x2 pixels, so that every tap of
 
 def uniform(shape: tuple[int, ...], stream: int) -> Tensor:
     """Values in [-1, 1), multiples of 2^-30, from a hash of (stream, position)."""
-    h = torch.arange(math.prod(shape), dtype=torch.int64) + stream * 1_000_003
-    for multiplier in (0x45D9F3B, 0x119DE1F3):  # below 2^31 each: no overflow of int64
-        h = ((h ^ (h >> 16)) * multiplier) & 0x7FFFFFFF
-    h = h ^ (h >> 15)
-    return (h.double() / 2**30 - 1).view(shape)
+    values = torch.arange(math.prod(shape), dtype=torch.int64) + stream * 1_000_003
+    for h in values.split(2**15):  # what the cache holds
+        for multiplier in (0x45D9F3B, 0x119DE1F3):  # below 2^31 each: no overflow of int64
+            h.bitwise_xor_(h >> 16).mul_(multiplier).bitwise_and_(0x7FFFFFFF)
+        h.bitwise_xor_(h >> 15)
+    return values.double().div_(2**30).sub_(1).view(shape)
 
 
 @torch.no_grad()
@@ -52,6 +53,5 @@ def labels() -> Tensor:
 
 def measure(tensor: Tensor, stream: int) -> list[float]:
     """Norm, and projection on a generic direction of unit norm (a norm alone would not see a permutation)."""
-    direction = uniform(tuple(tensor.shape), 10_000 + stream)
-    direction = direction / direction.norm().clamp_min(1e-300)
-    return [tensor.norm().item(), (tensor * direction).sum().item()]
+    direction, values = uniform((tensor.numel(),), 10_000 + stream), tensor.flatten()
+    return [values.norm().item(), (values @ direction / direction.norm().clamp_min(1e-300)).item()]
