@@ -12,12 +12,14 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -58,13 +60,21 @@ inline const bool refuses = std::getenv("EMULATOR_REFUSES") != nullptr;  // as a
 
 constexpr size_t kStack = 64 << 10;
 
-struct Fiber {
+// Where a fiber, or the scheduler, goes on.
+struct Place {
   ucontext_t context;
+  jmp_buf jump;
+  bool left = false;  // by a switch: `jump` is set
+};
+
+struct Fiber {
+  Place place;
   std::unique_ptr<char[]> stack{new char[kStack]};
   uint3 thread;
-  bool done;
+  bool done = false;
   bool awaited;  // whether it may read what the kernel ahead wrote
 };
+inline std::deque<Fiber> fibers;  // kept from launch to launch: their stacks are in memory
 
 // Threads wait at a barrier until `count` of them have arrived; `generation` tells the waiting that it opened.
 struct Barrier {
@@ -77,10 +87,9 @@ struct Block {
   uint3 index;
   int live = 0;
   Fiber* current = nullptr;
-  ucontext_t scheduler;
+  Place scheduler;
   Barrier all;
   std::vector<Barrier> warps;
-  std::vector<Fiber> fibers;
   std::vector<uint64_t> shuffle[2];  // one slot per thread
   std::unique_ptr<unsigned char[]> shared;
   const std::function<void()>* body = nullptr;
@@ -89,23 +98,27 @@ struct Block {
 };
 inline Block* block = nullptr;
 
-// AddressSanitizer must be told when the stack changes under it.
-inline void switch_context(ucontext_t* from, ucontext_t* to, const void* stack, size_t size) {
+// AddressSanitizer must be told when the stack changes under it, and knows no jump from stack to stack. Without it a
+// stack is entered once, and then jumped to: swapcontext makes two system calls.
+inline void switch_place(Place& from, Place& to, const void* stack, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, stack, size);
-  swapcontext(from, to);
+  swapcontext(&from.context, &to.context);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
   (void)stack, (void)size;
-  swapcontext(from, to);
+  from.left = true;
+  if (_setjmp(from.jump)) return;
+  if (to.left) _longjmp(to.jump, 1);
+  setcontext(&to.context);
 #endif
 }
 
 inline const void* main_stack = nullptr;
 inline size_t main_stack_size = 0;
 
-inline void yield() { switch_context(&block->current->context, &block->scheduler, main_stack, main_stack_size); }
+inline void yield() { switch_place(block->current->place, block->scheduler, main_stack, main_stack_size); }
 
 inline void arrive(Barrier& barrier, int needed) {
   block->progress = true;
@@ -122,21 +135,35 @@ inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_size);
 #endif
-  try {
-    (*block->body)();
-  } catch (...) {
-    block->error = std::current_exception();
+  for (;;) {  // a thread of one block after the other
+    try {
+      (*block->body)();
+    } catch (...) {
+      block->error = std::current_exception();
+    }
+    block->current->done = true;
+    block->progress = true;
+    --block->live;
+    yield();
   }
-  block->current->done = true;
-  block->progress = true;
-  --block->live;
-  for (;;) yield();
+}
+
+inline void begin(Fiber& fiber) {
+  getcontext(&fiber.place.context);
+  fiber.place.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.place.context.uc_stack.ss_size = kStack;
+  fiber.place.context.uc_link = nullptr;
+  makecontext(&fiber.place.context, fiber_main, 0);
+  fiber.place.left = false;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // frames that were never returned from
+#endif
 }
 
 // Runs every thread of one block to its end. A thread that exits does not open a barrier for those that wait: on
 // the GPU that is undefined, here it is the deadlock that a test can see.
 inline void run_block(Block& b) {
-  const int threads = static_cast<int>(b.fibers.size());
+  const int threads = static_cast<int>(b.size.x);
   b.live = threads;
   b.all = {};
   b.warps.assign((threads + 31) / 32, {});
@@ -144,28 +171,21 @@ inline void run_block(Block& b) {
   std::vector<int> sequence(threads);
   std::mt19937 random(order * 7919 + b.index.x);
   for (int t = 0; t < threads; ++t) {
-    Fiber& fiber = b.fibers[t];
+    Fiber& fiber = fibers[t];
+    if (!fiber.done) begin(fiber);  // new, or left in the middle by a block that failed
     fiber.thread = {static_cast<unsigned>(t), 0, 0};
     fiber.done = false;
     fiber.awaited = !early;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // the last block's frames were never returned from
-#endif
     sequence[t] = order == 1 ? threads - 1 - t : t;
   }
   while (b.live > 0 && !b.error) {
     if (order > 1) std::shuffle(sequence.begin(), sequence.end(), random);
     b.progress = false;
     for (const int t : sequence) {
-      Fiber& fiber = b.fibers[t];
+      Fiber& fiber = fibers[t];
       if (fiber.done || b.error) continue;
       b.current = &fiber;
-      switch_context(&b.scheduler, &fiber.context, fiber.stack.get(), kStack);
+      switch_place(b.scheduler, fiber.place, fiber.stack.get(), kStack);
     }
     if (!b.progress && !b.error)
       throw std::runtime_error("deadlock: " + std::to_string(b.live) + " threads wait at a barrier that others miss");
@@ -185,7 +205,7 @@ void launch(Kernel kernel, dim3 grid, dim3 size, size_t shared_bytes, Arguments.
   b.grid = grid;
   b.size = size;
   b.body = &body;
-  b.fibers = std::vector<Fiber>(size.x);
+  while (fibers.size() < size.x) fibers.emplace_back();
   for (auto& slots : b.shuffle) slots.resize(size.x);
   for (unsigned i = 0; i < std::min(grid.x, blocks); ++i) {
     b.shared.reset(new unsigned char[shared_bytes]);
