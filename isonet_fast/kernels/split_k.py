@@ -16,12 +16,19 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from .layout import field, int32_columns
+
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHARES = np.linspace(1.4, 0.4, 21)  # of the time that all tiles take together: lengths of pieces to try
 
 # Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
 # begin, and where in `arrivals` they are counted.
 SPLIT_COLUMNS = "pieces piece first_part arrival"
+SPLIT = int32_columns(SPLIT_COLUMNS, width=4)
+PIECES = field(SPLIT, "pieces")
+PIECE = field(SPLIT, "piece")
+FIRST_PART = field(SPLIT, "first_part")
+ARRIVAL = field(SPLIT, "arrival")
 
 
 @triton.jit
@@ -29,10 +36,10 @@ def store_piece(acc, parts, arrivals, columns):
     """Store the piece that SPLIT_COLUMNS, at `columns`, tell of. Whether it is the last one of its tile to come."""
     r = tl.arange(0, acc.shape[0])
     c = tl.arange(0, acc.shape[1])
-    part = (tl.load(columns + 2) + tl.load(columns + 1)).to(tl.int64) * (acc.shape[0] * acc.shape[1])
+    part = (tl.load(columns + FIRST_PART) + tl.load(columns + PIECE)).to(tl.int64) * (acc.shape[0] * acc.shape[1])
     tl.store(parts + part + r[:, None] * acc.shape[1] + c[None, :], acc)
     tl.debug_barrier()  # every thread has stored before one of them counts
-    return tl.atomic_add(arrivals + tl.load(columns + 3), 1, sem="acq_rel") == tl.load(columns) - 1
+    return tl.atomic_add(arrivals + tl.load(columns + ARRIVAL), 1, sem="acq_rel") == tl.load(columns + PIECES) - 1
 
 
 @triton.jit
@@ -40,9 +47,10 @@ def add_pieces(parts, columns, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WI
     """Columns `at` to `at` + WIDTH of a tile whose pieces are all there."""
     r = tl.arange(0, ROWS)
     c = tl.arange(0, WIDTH)
-    first = parts + tl.load(columns + 2).to(tl.int64) * (ROWS * COLUMNS) + at + r[:, None] * COLUMNS + c[None, :]
+    first_part = tl.load(columns + FIRST_PART).to(tl.int64)
+    first = parts + first_part * (ROWS * COLUMNS) + at + r[:, None] * COLUMNS + c[None, :]
     acc = tl.load(first, cache_modifier=".cg")  # from where other multiprocessors have written it
-    for piece in range(1, tl.load(columns)):
+    for piece in range(1, tl.load(columns + PIECES)):
         acc += tl.load(first + piece * (ROWS * COLUMNS), cache_modifier=".cg")
     return acc
 
