@@ -1,4 +1,4 @@
-"""The differentiable functions: arguments checked and normalised here, computed in `ops`."""
+"""The differentiable functions. They check their arguments and call the operators of `isonet_fast.ops`."""
 
 from __future__ import annotations
 
