@@ -4,8 +4,9 @@ Relative error against float64 of the loss and of the gradient, for kernels at a
 one, where G - I is a small difference of large numbers. The rows named isonet_fast run the Triton kernels (on the GPU,
 or in Triton's interpreter); "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor
 cores would give at best. "closed form, overlap" and "closed form, frequency" are the two forms of ops/closed_form.py in
-float32, and "closed form" is the one that serves a layer of this size. Rows go to benchmarks/results/accuracy.csv, the
-figure to docs/accuracy.png.
+float32, and "closed form" is the one that serves a layer of this size; the rows named "compiled kernel" are those of
+csrc/orthogonality_cpu.cpp. The orthogonal tap is the middle one, or one beside it. Rows go to
+benchmarks/results/accuracy.csv, the figure to docs/accuracy.png.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ if not torch.cuda.is_available():
 from isonet_fast import reference
 from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
-from isonet_fast.ops import closed_form
+from isonet_fast.ops import _library, closed_form, small_layers
 from isonet_fast.problem import Problem
 
 from . import rows
@@ -48,11 +50,37 @@ LABELS = {  # provider: how the gram and then the gradient's product are compute
     "closed form": "closed form, as it serves this size: float32",
     "closed form, overlap": "closed form, overlapping taps: float32",
     "closed form, frequency": "closed form, frequencies: float32",
+    "compiled kernel, overlap": "compiled kernel, overlapping taps: float32",
+    "compiled kernel, frequency": "compiled kernel, frequencies: float32",
 }
-MATRIX_SIZES = [(64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3)]  # where every provider is measured
-CLOSED_SIZES = [  # where the closed forms alone are
-    *[(16, 1), (16, 2), (64, 2), (512, 2), (16, 3), (256, 3), (512, 3)],
-    *[(16, 5), (64, 5), (128, 5), (256, 5), (16, 7), (64, 7), (128, 7)],
+
+
+class Size(NamedTuple):
+    """A square kernel, and the place of its orthogonal tap in each dimension."""
+
+    channels: int
+    kernel: int
+    tap: int
+
+    @property
+    def central(self) -> bool:
+        return self.tap == self.kernel // 2
+
+    @property
+    def case(self) -> str:
+        tap = "" if self.central else f", tap ({self.tap}, {self.tap})"
+        return f"{self.channels} channels, {self.kernel}x{self.kernel}{tap}"
+
+
+def central(*sizes: tuple[int, int]) -> list[Size]:
+    return [Size(channels, kernel, kernel // 2) for channels, kernel in sizes]
+
+
+MATRIX_SIZES = central((64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3))  # where every provider is measured
+CLOSED_SIZES = [  # where the closed forms and the compiled kernel alone are
+    *central((16, 1), (16, 2), (64, 2), (512, 2), (16, 3), (256, 3), (512, 3)),
+    *central((16, 5), (32, 5), (64, 5), (128, 5), (256, 5), (16, 7), (64, 7), (128, 7)),
+    *[Size(16, 3, 0), Size(32, 5, 1), Size(64, 5, 1)],
 ]
 Rounding = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -112,41 +140,62 @@ def closed(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
     return losses.item(), grads[0]
 
 
-def near_orthogonal(channels: int, kernel: int, seed: int) -> Tensor:
+def compiled(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
+    plan, waves, constants = small_layers.plan([layer], [(form, layer.units(form))])
+    grad = torch.empty_like(weight)
+    losses = _library.ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
+    return (losses - constants).item(), grad
+
+
+def near_orthogonal(size: Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.zeros(channels, channels, kernel, kernel)
-    torch.nn.init.orthogonal_(weight[:, :, kernel // 2, kernel // 2], generator=generator)
+    weight = torch.zeros(size.channels, size.channels, size.kernel, size.kernel)
+    torch.nn.init.orthogonal_(weight[:, :, size.tap, size.tap], generator=generator)
     noise = torch.randn(weight.shape, generator=generator)
     return weight + DISTANCE * noise * (weight.norm() / noise.norm())
 
 
-def measure(channels: int, kernel: int, seeds: int, device: torch.device) -> dict[str, tuple[float, float]]:
+def providers_of(size: Size, layer: Layer, device: torch.device) -> list[str]:
+    chosen = [provider for provider in LABELS if not provider.startswith("compiled kernel")]
+    if size in CLOSED_SIZES and device.type == "cpu":
+        chosen = [provider for provider in chosen if provider.startswith("closed form")]
+    if layer.small and device.type == "cpu" and _library.compiled_for("cpu"):
+        chosen += [provider for provider in LABELS if provider.startswith("compiled kernel")]
+    return chosen
+
+
+def measure(size: Size, seeds: int, device: torch.device) -> dict[str, tuple[float, float]]:
     """Median over the seeds of each provider's relative errors of (loss, gradient)."""
-    layer = Layer((channels, channels, kernel, kernel), (1, 1), (1, 1), 1, "isonet")
-    everything = (channels, kernel) not in CLOSED_SIZES or device.type == "cuda"
-    chosen = [provider for provider in LABELS if everything or provider.startswith("closed form")]
-    errors: dict[str, list[tuple[float, float]]] = {provider: [] for provider in chosen}
+    layer = Layer((size.channels, size.channels, size.kernel, size.kernel), (1, 1), (1, 1), 1, "isonet")
+    errors: dict[str, list[tuple[float, float]]] = {name: [] for name in providers_of(size, layer, device)}
     for seed in range(seeds):
-        weight = near_orthogonal(channels, kernel, seed).to(device)
+        weight = near_orthogonal(size, seed).to(device)
         exact = weight.double().requires_grad_()
         wanted = reference.orthogonality_loss(exact)
         (gradient,) = torch.autograd.grad(wanted, exact)
-        for provider in chosen:
-            if provider in ROUNDINGS:
-                loss, grad = emulated(weight, layer, ROUNDINGS[provider])
-            elif provider.startswith("closed form"):
-                loss, grad = closed(weight, layer, provider.partition(", ")[2] or layer.form)
-            else:
-                precision = "highest" if provider.endswith("highest") else None
-                loss, grad = kernels(weight, layer, precision)
+        for provider, found in errors.items():
+            loss, grad = computed(provider, weight, layer)
             error = (grad.double() - gradient).norm() / gradient.norm()
-            errors[provider].append((abs(loss - wanted.item()) / wanted.item(), error.item()))
+            found.append((abs(loss - wanted.item()) / wanted.item(), error.item()))
     return {p: (statistics.median(e[0] for e in es), statistics.median(e[1] for e in es)) for p, es in errors.items()}
 
 
-def record(results: dict[tuple[int, int], dict[str, tuple[float, float]]], device: torch.device) -> None:
+def computed(provider: str, weight: Tensor, layer: Layer) -> tuple[float, Tensor]:
+    """Loss and gradient."""
+    if provider in ROUNDINGS:
+        return emulated(weight, layer, ROUNDINGS[provider])
+    name, _, form = provider.partition(", ")
+    if name == "closed form":
+        return closed(weight, layer, form or layer.form)
+    if name == "compiled kernel":
+        return compiled(weight, layer, form)
+    return kernels(weight, layer, "highest" if name.endswith("highest") else None)
+
+
+def record(results: dict[Size, dict[str, tuple[float, float]]], device: torch.device) -> None:
     now = rows.utc()
-    how = {"cuda": "kernels on the GPU", "cpu": "kernels in Triton's interpreter"}[device.type]
+    triton = {"cuda": "kernels on the GPU", "cpu": "kernels in Triton's interpreter"}[device.type]
+    how = {"isonet_fast": triton, "closed form": "PyTorch", "compiled kernel": "C++"}
     table = [
         dict.fromkeys(rows.COLUMNS, "")
         | rows.machine(device.type)
@@ -154,20 +203,20 @@ def record(results: dict[tuple[int, int], dict[str, tuple[float, float]]], devic
             "op": "orthogonality_accuracy",
             "provider": provider,
             "mode": mode,
-            "case": f"{channels} channels, {kernel}x{kernel}",
+            "case": size.case,
             "dtype": "float32",
-            "layout": how if provider.startswith("isonet_fast") else "emulated" if provider in ROUNDINGS else "PyTorch",
+            "layout": next((what for name, what in how.items() if provider.startswith(name)), "emulated"),
             "error": f"{error:.3e}",
             "utc": now,
         }
-        for (channels, kernel), providers in results.items()
+        for size, providers in results.items()
         for provider, pair in providers.items()
         for mode, error in zip(("loss", "gradient"), pair, strict=True)
     ]
     rows.append(rows.RESULTS / "accuracy.csv", table)
 
 
-def draw(results: dict[tuple[int, int], dict[str, tuple[float, float]]]) -> None:
+def draw(results: dict[Size, dict[str, tuple[float, float]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,16 +226,22 @@ def draw(results: dict[tuple[int, int], dict[str, tuple[float, float]]]) -> None
     for n, axis in enumerate(axes):
         for index, (provider, label) in enumerate(LABELS.items()):
             for kernel, style in ((1, "o-"), (3, "s--")):
-                at = sorted(c for (c, k), found in results.items() if k == kernel and provider in found)
-                values = [results[c, kernel][provider][n] for c in at]
-                axis.plot(at, values, style, color=f"C{index}", label=label if kernel == 1 else None)
+                at = sorted(s for s, found in results.items() if s.kernel == kernel and s.central and provider in found)
+                values = [results[size][provider][n] for size in at]
+                axis.plot(
+                    [size.channels for size in at],
+                    values,
+                    style,
+                    color=f"C{index}",
+                    label=label if kernel == 1 else None,
+                )
         axis.set(xscale="log", yscale="log", xlabel="channels (solid: 1x1, dashed: 3x3)")
         axis.set(title=("loss", "gradient")[n] + ": relative error against float64")
         axis.set_xticks([16, 64, 128, 256, 512], ["16", "64", "128", "256", "512"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=7, title="gram, gradient product")
     figure.savefig(ROOT / "docs" / "accuracy.png", dpi=130)
 
@@ -198,16 +253,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         warnings.simplefilter("ignore", RuntimeWarning)  # padding that is never used may hold anything
-    sizes = [(64, 1), (128, 1), (64, 3)] if quick else [*MATRIX_SIZES]
+    sizes = central((64, 1), (128, 1), (64, 3)) if quick else [*MATRIX_SIZES]
     if not quick:
-        sizes += [(256, 3), (512, 3)] if device.type == "cuda" else CLOSED_SIZES
+        sizes += central((256, 3), (512, 3)) if device.type == "cuda" else CLOSED_SIZES
     results = {}
-    for channels, kernel in sizes:
-        results[channels, kernel] = measure(channels, kernel, 1 if quick else 5, device)
-        for provider, (loss, gradient) in results[channels, kernel].items():
-            print(f"{channels:4} {kernel}x{kernel} {provider:22} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
+    for size in sizes:
+        results[size] = measure(size, 1 if quick else 5, device)
+        for provider, (loss, gradient) in results[size].items():
+            print(f"{size.case:29} {provider:26} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
         if not quick:
-            record({(channels, kernel): results[channels, kernel]}, device)
+            record({size: results[size]}, device)
     if not quick:
         if importlib.util.find_spec("matplotlib") is None:
             print("docs/accuracy.png is not drawn: Matplotlib is not installed")

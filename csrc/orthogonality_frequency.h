@@ -4,7 +4,7 @@
 // share a cosine and a sine:
 //   B(w) = C - iS      C = sum of (B_q + B_{-q}) cos wq      S = sum of (B_q - B_{-q}) sin wq      over half of the q
 // U = Re R + Im R determines R, because Re R is symmetric and Im R is antisymmetric. With X = C + S and Z = C - S
-//   U = X X^T - 2 S C^T - I,    Re(R B) = U^T C + Im R X,    Im(R B) = Re R Z - U^T C
+//   U = C X^T - S Z^T - I,    Re(R B) = U^T C + Im R X,    Im(R B) = Re R Z - U^T C
 // (Gauss's trick, with the matrices that lie right: packed, M C is the product of C and the transpose of M.)
 #pragma once
 
@@ -77,13 +77,13 @@ struct WavesBack {
   }
 };
 
-// X, Z, and -2 S in the place of S.
+// X, Z, and -S in the place of S.
 struct Rotate {
   ISONET_FAST_INLINE void operator()(int64_t length, const float* c, float* s, float* x, float* z) const {
     for (int64_t i = 0; i < length; ++i) {
       x[i] = c[i] + s[i];
       z[i] = c[i] - s[i];
-      s[i] *= -2;
+      s[i] = -s[i];
     }
   }
 };
@@ -135,8 +135,8 @@ inline double compute_at(const Plan& plan, bool zero, bool want_grad, float* c, 
     multiply<true>(rows, columns, c, c, u, stride);
   } else {
     run(Rotate{}, plan.length, c, s, x, z);
-    multiply<true>(rows, columns, x, x, u, stride);
-    multiply<true>(rows, columns, s, c, u, stride);
+    multiply<true>(rows, columns, c, x, u, stride);
+    multiply<true>(rows, columns, s, z, u, stride);
   }
   double square;
   run(Split{}, stride, u, re, im, square);

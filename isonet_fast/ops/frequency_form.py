@@ -11,7 +11,7 @@ Frequencies other than 0 come in conjugate pairs, and only one of each pair is c
 and three give its R B (Gauss's trick). The definition of the complex product would take four for each. U = Re R + Im R
 determines R, because Re R is symmetric and Im R is antisymmetric: Re R - Im R = U^T, and || R ||^2 = || U ||^2.
 
-    X = C + S:         U = X X^T - 2 S C^T - I
+    X = C + S:         U = C X^T - S (C - S)^T - I
     D = Re R X:        Re(R B) = D - U^T S,   Im(R B) = U C - D          Re R = (U + U^T) / 2
 """
 
@@ -102,7 +102,7 @@ def _at_pairs(blocks: Tensor, cos: Tensor, sin: Tensor, grad: Tensor | None) -> 
 def _products(c: Tensor, s: Tensor, want_grad: bool) -> Tensor:
     """|| R ||^2 of each pair. Re(R B) and Im(R B) are written over C and S."""
     x = c + s
-    u = torch.bmm(x, x.mT).baddbmm_(s, c.mT, alpha=-2)
+    u = torch.bmm(c, x.mT).baddbmm_(s, (c - s).mT, alpha=-1)
     u.diagonal(dim1=1, dim2=2).sub_(1)
     if want_grad:
         im = torch.bmm(u, c)

@@ -161,7 +161,7 @@ def shrink(torch, folder):
     bench_scaling.SIZE = 8
     bench_scaling.VARY = {name: ([value[0][0]], [value[0][0]]) for name, value in bench_scaling.VARY.items()}
     measure = accuracy.measure
-    accuracy.measure = lambda channels, kernel, seeds, device: measure(8, kernel, 1, torch.device("cpu"))
+    accuracy.measure = lambda size, seeds, device: measure(size._replace(channels=8), 1, torch.device("cpu"))
     bench_host.without_gpu = without_cuda(torch, bench_host.without_gpu)
     return bench_host.without_gpu
 
