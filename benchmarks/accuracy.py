@@ -3,9 +3,9 @@
 Relative error against float64 of the loss and of the gradient, for kernels at a distance of 1e-3 from an orthogonal
 one, where G - I is a small difference of large numbers. The rows named isonet_fast run the Triton kernels (on the GPU,
 or in Triton's interpreter); "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor
-cores would give at best. "closed form, overlap" and "closed form, frequency" are the two forms of ops/closed_form.py in
-float32, and "closed form" is the one that serves a layer of this size; the rows named "compiled kernel" are those of
-csrc/orthogonality_cpu.cpp. The orthogonal tap is the middle one, or one beside it. Rows go to
+cores would give at best. "official" is the official code's convolution in float32, as the device multiplies it. The
+closed form (ops/closed_form.py) and the compiled kernel (csrc/orthogonality_cpu.cpp, for small layers) compute in
+float32 over overlapping taps or over frequencies. The orthogonal tap is the middle one, or one beside it. Rows go to
 benchmarks/results/accuracy.csv, the figure to docs/accuracy.png.
 """
 
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ROOT
 
@@ -35,6 +35,7 @@ if not torch.cuda.is_available():
 from isonet_fast import reference
 from isonet_fast.geometry import Layer
 from isonet_fast.kernels import orthogonality
+from isonet_fast.models.official import official_penalty
 from isonet_fast.ops import _library, closed_form, small_layers
 from isonet_fast.problem import Problem
 
@@ -47,7 +48,7 @@ LABELS = {  # provider: how the gram and then the gradient's product are compute
     "bf16x3": "bf16x3, bf16x3",
     "isonet_fast": "isonet_fast: bf16x3, bf16",
     "isonet_fast highest": 'isonet_fast, precision="highest": float32',
-    "closed form": "closed form, as it serves this size: float32",
+    "official": "official code: float32",
     "closed form, overlap": "closed form, overlapping taps: float32",
     "closed form, frequency": "closed form, frequencies: float32",
     "compiled kernel, overlap": "compiled kernel, overlapping taps: float32",
@@ -77,11 +78,12 @@ def central(*sizes: tuple[int, int]) -> list[Size]:
 
 
 MATRIX_SIZES = central((64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3))  # where every provider is measured
-CLOSED_SIZES = [  # where the closed forms and the compiled kernel alone are
+FLOAT32_SIZES = [  # where those are that compute in float32
     *central((16, 1), (16, 2), (64, 2), (512, 2), (16, 3), (256, 3), (512, 3)),
     *central((16, 5), (32, 5), (64, 5), (128, 5), (256, 5), (16, 7), (64, 7), (128, 7)),
     *[Size(16, 3, 0), Size(32, 5, 1), Size(64, 5, 1)],
 ]
+FLOAT32 = ("official", "closed form", "compiled kernel")
 Rounding = Callable[[Tensor], tuple[Tensor, ...]]
 
 
@@ -140,6 +142,13 @@ def closed(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
     return losses.item(), grads[0]
 
 
+def official(weight: Tensor) -> tuple[float, Tensor]:
+    conv = nn.Conv2d(*weight.shape[:2], weight.shape[-1], bias=False)
+    conv.weight = nn.Parameter(weight)
+    loss = official_penalty(conv)
+    return loss.item(), torch.autograd.grad(loss, conv.weight)[0]
+
+
 def compiled(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
     plan, waves, constants = small_layers.plan([layer], [(form, layer.units(form))])
     grad = torch.empty_like(weight)
@@ -156,11 +165,13 @@ def near_orthogonal(size: Size, seed: int) -> Tensor:
 
 
 def providers_of(size: Size, layer: Layer, device: torch.device) -> list[str]:
-    chosen = [provider for provider in LABELS if not provider.startswith("compiled kernel")]
-    if size in CLOSED_SIZES and device.type == "cpu":
-        chosen = [provider for provider in chosen if provider.startswith("closed form")]
-    if layer.small and device.type == "cpu" and _library.compiled_for("cpu"):
-        chosen += [provider for provider in LABELS if provider.startswith("compiled kernel")]
+    chosen = [*LABELS]
+    if size in FLOAT32_SIZES and device.type == "cpu":
+        chosen = [provider for provider in chosen if provider.startswith(FLOAT32)]
+    if size.kernel == 7:  # which the official code leaves out
+        chosen.remove("official")
+    if not (layer.small and device.type == "cpu" and _library.compiled_for("cpu")):
+        chosen = [provider for provider in chosen if not provider.startswith("compiled kernel")]
     return chosen
 
 
@@ -186,7 +197,9 @@ def computed(provider: str, weight: Tensor, layer: Layer) -> tuple[float, Tensor
         return emulated(weight, layer, ROUNDINGS[provider])
     name, _, form = provider.partition(", ")
     if name == "closed form":
-        return closed(weight, layer, form or layer.form)
+        return closed(weight, layer, form)
+    if name == "official":
+        return official(weight)
     if name == "compiled kernel":
         return compiled(weight, layer, form)
     return kernels(weight, layer, "highest" if name.endswith("highest") else None)
@@ -195,7 +208,7 @@ def computed(provider: str, weight: Tensor, layer: Layer) -> tuple[float, Tensor
 def record(results: dict[Size, dict[str, tuple[float, float]]], device: torch.device) -> None:
     now = rows.utc()
     triton = {"cuda": "kernels on the GPU", "cpu": "kernels in Triton's interpreter"}[device.type]
-    how = {"isonet_fast": triton, "closed form": "PyTorch", "compiled kernel": "C++"}
+    how = {"isonet_fast": triton, "official": "PyTorch", "closed form": "PyTorch", "compiled kernel": "C++"}
     table = [
         dict.fromkeys(rows.COLUMNS, "")
         | rows.machine(device.type)
@@ -255,7 +268,7 @@ def main() -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # padding that is never used may hold anything
     sizes = central((64, 1), (128, 1), (64, 3)) if quick else [*MATRIX_SIZES]
     if not quick:
-        sizes += central((256, 3), (512, 3)) if device.type == "cuda" else CLOSED_SIZES
+        sizes += central((256, 3), (512, 3)) if device.type == "cuda" else FLOAT32_SIZES
     results = {}
     for size in sizes:
         results[size] = measure(size, 1 if quick else 5, device)
