@@ -5,9 +5,8 @@ from ._require_torch import require_torch
 
 require_torch()
 
-__version__ = "0.1.0"
-
 from . import diagnostics, functional, init, models, reference
+from ._version import __version__ as __version__
 from .convert import convert
 from .deconvert import deconvert
 from .environment import info

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from . import __version__, kernels
+from . import kernels
+from ._version import __version__
 from .functional import orthogonality_loss, srelu
 from .ops import _library
 

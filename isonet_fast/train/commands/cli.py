@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ... import __version__, environment
+from ... import environment
+from ..._version import __version__
 from .. import config, distributed
 from ..data.loader import WorkerDied
 from ..detection.config import DetectionConfig

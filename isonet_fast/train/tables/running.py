@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ... import __version__
+from ..._version import __version__
 from ...models.load_official import load_weights
 from .. import config
 from ..build import build_model, choose_device
