@@ -27,7 +27,7 @@ def tasks() -> list[Data]:
 
 
 def train(model: nn.Module, data: Data, steps: int) -> None:
-    """Whatever is not frozen."""
+    """Train every parameter that is not frozen."""
     reg = iso.OrthoRegularizer(model, coeff=1e-3)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
@@ -35,8 +35,8 @@ def train(model: nn.Module, data: Data, steps: int) -> None:
     for _ in range(steps):
         batch = torch.randint(len(images), (32,))
         optimizer.zero_grad()
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()
         reg.accumulate_grad_()
+        F.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
 
 

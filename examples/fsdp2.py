@@ -42,9 +42,9 @@ def main() -> None:
     for _ in range(steps):
         batch = torch.randint(len(mine), (16,), device=device)
         optimizer.zero_grad()
+        reg.accumulate_grad_()
         loss = F.cross_entropy(model(mine[batch]), targets[batch])
         loss.backward()
-        reg.accumulate_grad_()
         optimizer.step()
 
     penalty = reg.last_total()

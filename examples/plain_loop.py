@@ -1,7 +1,7 @@
 """A plain training loop: an isometric network without normalisation on real digits.
 
 Shows the three lines that an existing loop needs: `param_groups` (no weight decay on SReLU biases), `OrthoRegularizer`,
-and `accumulate_grad_` between backward and step. Needs scikit-learn for the data.
+and `accumulate_grad_` between zero_grad and backward. Needs scikit-learn for the data.
 
     python examples/plain_loop.py
 """
@@ -39,8 +39,8 @@ def main() -> None:
         batch = torch.randint(len(images), (32,))
         loss = F.cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
+        penalty = reg.accumulate_grad_()  # puts the penalty's gradient where the backward pass adds the loss's
         loss.backward()
-        penalty = reg.accumulate_grad_()  # after the backward pass, before gradients are clipped
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:

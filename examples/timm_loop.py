@@ -1,8 +1,8 @@
 """timm: a network of its registry, trained by timm's own parts. The arguments are those of timm's train.py.
 
 Shows `import isonet_fast.timm`, which registers the networks, and the one line that timm's training step needs: the
-penalty's gradient between backward and step. timm's optimizers leave the SReLU biases without weight decay. Needs timm,
-pillow, and scikit-learn for the digits that it trains on without --data-dir.
+penalty's gradient between zero_grad and backward. timm's optimizers leave the SReLU biases without weight decay. Needs
+timm, pillow, and scikit-learn for the digits that it trains on without --data-dir.
 
     python examples/timm_loop.py
     python examples/timm_loop.py --data-dir imagenet --model risonet50 --model-kwargs --input-size 3 224 224 \
@@ -89,8 +89,8 @@ def train(args: argparse.Namespace, **augmentation: Any) -> None:
         for images, labels in batches:
             loss = criterion(model(images), labels)
             optimizer.zero_grad()
+            reg.accumulate_grad_()  # puts the penalty's gradient where the backward pass adds the loss's
             loss.backward()
-            reg.accumulate_grad_()  # after the backward pass, before gradients are clipped
             optimizer.step()
             losses.update(loss.item(), len(images))
         model.eval()
