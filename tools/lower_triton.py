@@ -4,7 +4,8 @@
 
 The real kernels, with the meta-parameters that the launchers choose. Gates: no spills; shared memory within the
 chip's limit; both operands of every product in at least three buffers; no wait in a loop that drains all products or
-copies in flight; tensor-core instructions and asynchronous loads; a piece of a tile is counted behind a barrier.
+copies in flight; tensor-core instructions and asynchronous loads; a piece of a tile is counted behind a barrier; every
+store of a whole tile takes 16 bytes at a time, and so does every addition from sm_90 on.
 `rows()` returns the table and the failed gates.
 """
 
@@ -130,6 +131,8 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
     def count(pattern: str) -> int:
         return len(re.findall(rf"\b{pattern}", sass))
 
+    stores, additions = count(r"STG\S*\.128"), count(r"REDG\S*F32x4")
+    least_stores, least_additions = wide_stores(case)
     row = {
         "kernel": case.name,
         "arch": f"sm_{arch}",
@@ -137,7 +140,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "shared": built.metadata.shared,
         "spills": count("LDL") + count("STL"),
         "loads_128": count(r"LDG\S*\.128"),
-        "stores_128": count(r"STG\S*\.128") + count(r"REDG\S*F32x4"),
+        "stores_128": stores + additions,
         "tensor_core": count(TENSOR_CORE[arch]),
         "async_loads": count(ASYNC_LOAD[arch]) or count("LDGSTS"),
     }
@@ -153,9 +156,22 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
         "tensor-core instructions": row["tensor_core"] > 0 or not case.tensor_core,
         "a piece of a tile is counted before all of it is stored": not case.operands or counts_late(built.asm["ptx"]),
         "asynchronous loads": row["async_loads"] > 0 or not case.operands,
-        "16-byte stores": row["stores_128"] > 0 or case.name.startswith(NARROW) or not case.options.get("SAVE", True),
+        f"{least_stores} stores of 16 bytes (found {stores})": stores >= least_stores,
+        f"{least_additions} additions of 16 bytes (found {additions})": additions >= least_additions,
     }
     return row, [f"{case.name} sm_{arch}: {gate}" for gate, holds in gates.items() if not holds]
+
+
+def wide_stores(case: Case) -> tuple[int, int]:
+    """Stores and additions of 16 bytes that a thread must hold at least. A gradient's: for a piece of a split tile; and,
+    along rows and along columns, for a whole tile and for 64 columns of one whose pieces were added up."""
+    options = case.options
+    if "REDUCE" not in options:
+        return int(options.get("SAVE", True) and not case.name.startswith(NARROW)), 0
+    elements = 4 * 32 * options["num_warps"]  # that all threads store at once
+    piece = options["ROWS"] * options["COLUMNS"] // elements
+    result = 2 * options["ROWS"] * (options["COLUMNS"] + 64) // elements
+    return (piece, result) if options["REDUCE"] else (piece + result, 0)
 
 
 def chains(ttir: str) -> bool:

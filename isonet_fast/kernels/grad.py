@@ -220,17 +220,15 @@ def _finish(
     )
     place = address.to(tl.pointer_type(tl.float32)) + start  # only where path is not 0
     if path == 1:
-        _store_whole(
-            acc, tl.multiple_of(place, 16), tl.load(view + VIEW_ROW_STRIDE) // 4 * 4, False, ACCUMULATE, REDUCE
-        )
+        step = tl.load(view + VIEW_ROW_STRIDE) // 4 * 4
+        _store_whole(acc, tl.multiple_of(place, 16), step, False, 16, ACCUMULATE, REDUCE)
     elif path == 2:
-        _store_whole(
-            acc, tl.multiple_of(place, 16), tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4, True, ACCUMULATE, REDUCE
-        )
+        step = tl.load(view + VIEW_COLUMN_STRIDE) // 4 * 4
+        _store_whole(acc, tl.multiple_of(place, 16), step, True, 16, ACCUMULATE, REDUCE)
     elif (not IEEE) and path == 3:
-        _store_whole(acc, place, tl.load(view + VIEW_ROW_STRIDE), False, ACCUMULATE, REDUCE)
+        _store_whole(acc, place, tl.load(view + VIEW_ROW_STRIDE), False, 4, ACCUMULATE, REDUCE)
     elif (not IEEE) and path == 4:
-        _store_whole(acc, place, tl.load(view + VIEW_COLUMN_STRIDE), True, ACCUMULATE, REDUCE)
+        _store_whole(acc, place, tl.load(view + VIEW_COLUMN_STRIDE), True, 4, ACCUMULATE, REDUCE)
     else:
         _store_any(acc, address, start, block, row, column, view, ACCUMULATE, REDUCE)
 
@@ -250,14 +248,16 @@ def _store(at, values, mask, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def _store_whole(acc, at, step, ROWS_FIRST: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
+def _store_whole(
+    acc, at, step, ROWS_FIRST: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr
+):
     """A tile of float32 inside the matrix, contiguous along one side: 16 bytes at a time where `at` and `step` are
-    known to be aligned to them, else 4, neighbours side by side."""
+    known to be ALIGNED to them, else 4, neighbours side by side."""
     if ACCUMULATE and acc.shape[1] > 64:  # else what is loaded would not fit the registers beside the tile
         left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
-        _store_whole(left, at, step, ROWS_FIRST, ACCUMULATE, REDUCE)
+        _store_whole(left, at, step, ROWS_FIRST, ALIGNED, ACCUMULATE, REDUCE)
         half = acc.shape[1] // 2 * (step if ROWS_FIRST else 1)
-        _store_whole(right, at + half, step, ROWS_FIRST, ACCUMULATE, REDUCE)
+        _store_whole(right, tl.multiple_of(at + half, ALIGNED), step, ROWS_FIRST, ALIGNED, ACCUMULATE, REDUCE)
     else:
         r = tl.arange(0, acc.shape[0])
         c = tl.arange(0, acc.shape[1])

@@ -47,3 +47,10 @@ def test_a_product_into_the_accumulator_of_another_is_noticed():
     """The tiles of sm_80 have such a pair, for want of registers: no chip that multiplies by tcgen05 may get them."""
     (pair,) = (case for case in lower_triton.cases(80) if case.name == "gram 64x64")
     assert any("another one" in failure for failure in lower_triton.inspect(pair, 100)[1])
+
+
+def test_additions_of_4_bytes_are_noticed():
+    """sm_80 has no wider ones: pieces of a tile, which are stored 16 bytes at a time, must not stand in for them."""
+    (case,) = (case for case in lower_triton.cases(80) if case.name == "grad 64x64 accumulate float32")
+    case = case._replace(options=case.options | {"REDUCE": True})
+    assert lower_triton.inspect(case, 80)[1] == [f"{case.name} sm_80: 32 additions of 16 bytes (found 0)"]
