@@ -163,8 +163,8 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def wide_stores(case: Case) -> tuple[int, int]:
-    """Stores and additions of 16 bytes that a thread must hold at least. A gradient's: for a piece of a split tile; and,
-    along rows and along columns, for a whole tile and for 64 columns of one whose pieces were added up."""
+    """Stores and additions of 16 bytes that a kernel must hold. A gradient's: for a piece of a split tile; and, along
+    rows and along columns, for a whole tile and for 64 columns of one whose pieces were added up."""
     options = case.options
     if "REDUCE" not in options:
         return int(options.get("SAVE", True) and not case.name.startswith(NARROW)), 0
