@@ -1,15 +1,17 @@
-"""Every file in examples/ runs, for a few steps, in a process of its own."""
+"""Every file in examples/ runs, for a few steps, in a process of its own or on two ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from isonet_fast.import_torchvision import import_torchvision
+
+from .processes import run_ranks, run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAYS = {  # what a run ends with
@@ -25,16 +27,16 @@ SAYS = {  # what a run ends with
 }
 NEEDS = {"accelerate_loop": ["accelerate"], "lightning_loop": ["lightning"], "timm_loop": ["timm", "PIL"]}
 SHORT = {"timm_loop": ["--epochs", "1", "--batch-size", "400"]}
-PROCESSES = {"ddp": 2, "fsdp2": 2}
-# Lightning imports a torchvision that is installed, and the one of another torch build does not load without this.
-BESIDE_A_CPU_TORCH = """
-import contextlib, runpy, sys
-from isonet_fast.import_torchvision import import_torchvision
-with contextlib.suppress(ModuleNotFoundError):
-    import_torchvision()
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+RANKS = {"ddp": 2, "fsdp2": 2}
+
+
+def beside_a_cpu_torch() -> None:
+    """Lightning imports a torchvision that is installed, and the one of another torch build does not load without."""
+    with contextlib.suppress(ModuleNotFoundError):
+        import_torchvision()
+
+
+BEFORE = {"lightning_loop": beside_a_cpu_torch}
 
 
 def test_every_example_is_run() -> None:
@@ -42,21 +44,16 @@ def test_every_example_is_run() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SAYS))
-def test_an_example_runs_and_says_what_it_should(name: str) -> None:
+def test_an_example_runs_and_says_what_it_should(name: str, tmp_path: Path) -> None:
     for package in ["sklearn", *NEEDS.get(name, [])]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
-    script = [str(EXAMPLES / f"{name}.py"), *SHORT.get(name, ["--steps", "4"])]
-    command = [sys.executable, *script]
-    if name in PROCESSES:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES[name])]
-        command = [sys.executable, *launcher, *script]
-    if name == "lightning_loop":
-        command = [sys.executable, "-c", BESIDE_A_CPU_TORCH, *script]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    script, arguments = EXAMPLES / f"{name}.py", SHORT.get(name, ["--steps", "4"])
+    if name in RANKS:
+        ended = run_ranks(RANKS[name], script, arguments, tmp_path)
+    else:
+        ended = run_script(script, arguments, tmp_path, BEFORE.get(name))
+    assert ended.returncode == 0, ended
     assert re.search(SAYS[name], ended.stdout), ended.stdout
 
 
