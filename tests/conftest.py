@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    torch.manual_seed(0)
+    # Without a GPU torch.manual_seed would format the stack, for what may ask later where a seed came from.
+    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ JUNK: dict[str, Callable[[], Any]] = {
 
 def arguments(case: Case) -> None:
     """Accepted or refused by an error of ours that names the argument; what was given with it keeps its bits."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     call = CALLS[case.choose("call", list(CALLS))]
     given = call.valid()
     name = case.choose("argument", [name for name in given if name not in call.fixed])

@@ -41,6 +41,10 @@ class Case:
     def dtype(self, name: str, options: Sequence[str]) -> torch.dtype:
         return getattr(torch, self.choose(name, options))
 
+    def seed(self) -> None:
+        """The CPU's generator: torch.manual_seed formats the stack, for every kind of device that is not there."""
+        torch.default_generator.manual_seed(self.choose("seed", range(10**6)))
+
     def simpler(self) -> list[dict[str, Any]]:
         """The choices with one of them replaced by a simpler one, the simplest first."""
         candidates = []

@@ -56,7 +56,7 @@ class Trial:
 
     def __init__(self, case: Case, join: bool) -> None:
         self.case, self.join = case, join
-        torch.manual_seed(case.choose("seed", range(10**6)))
+        case.seed()
         self.shape = tensors.shape(case)
         self.kind = case.choose("values", tensors.KINDS)
         self.dtype = case.dtype("dtype", ("float32", *tensors.FLOATS))

@@ -60,7 +60,7 @@ def _model(case: Case, dtype: torch.dtype) -> nn.ModuleDict:
 
 def regularizer(case: Case) -> None:
     """OrthoRegularizer: value, `last`, both forms of the gradient, interval, frozen and shared weights."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     model = _model(case, case.dtype("dtype", ("float32", "float32", "float64", "bfloat16")))
     penalty = case.choose("penalty", (None, None, *PENALTIES))
     coeff = case.choose("coeff", (1.0, 1e-4, 0.0, "by name"))
@@ -155,7 +155,7 @@ OfficialSReLU.__name__ = "SReLU"
 
 def convert(case: Case) -> None:
     """convert: the same outputs and Parameters; every exact convolution and official SReLU is ours afterwards."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     channels, layers, converted = 2, [], 0
     dims = case.choose("dimensions", (2, 1, 3))
     for n in range(case.choose("layers", (1, 2, 3, 4))):
@@ -188,7 +188,7 @@ def convert(case: Case) -> None:
 
 def param_groups(case: Case) -> None:
     """param_groups: every parameter in one group, with the documented rates."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     model = _model(case, torch.float32)
     lr, decay = case.choose("lr", (0.1, 1.0)), case.choose("weight_decay", (1e-4, 0.0))
     found = {
@@ -207,7 +207,7 @@ def param_groups(case: Case) -> None:
 
 def singular_values(case: Case) -> None:
     """diagnostics.singular_values: those of the operator written out as a matrix on a circular grid."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     dims = case.choose("dimensions", (1, 2))
     groups, outputs, inputs = (case.choose(n, (1, 2, 3)) for n in ("groups", "outputs", "inputs"))
     kernel, stride, dilation = (
@@ -247,7 +247,7 @@ def _operator(conv: Any, size: tuple[int, ...]) -> Tensor:
 
 def network(case: Case) -> None:
     """A small network: logits and every gradient as with the reference's operators in the layers' place."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     residual = case.flag("residual")
     net = isonet_cifar(8, residual=residual, width=case.choose("width", (1, 2, 3)), num_classes=3).double()
     for parameter in net.parameters():
@@ -275,7 +275,7 @@ def _results(net: nn.Module, x: Tensor, weights: Tensor, own: bool) -> list[Tens
 
 def isometry_report(case: Case) -> None:
     """diagnostics.isometry_report: a row for each convolution, with its own singular values."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     size = case.choose("size", (4, 6))
     net = nn.Sequential(
         isonet_fast.OrthoConv2d(1, 2, 3, padding=1), SReLU(2), nn.Conv2d(2, 2, case.choose("kernel", (1, 3)))
@@ -291,7 +291,7 @@ def isometry_report(case: Case) -> None:
 
 def shared_scale(case: Case) -> None:
     """SharedScale: x -> s x, and the same folded into a convolution."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     dims = case.choose("dimensions", (2, 1, 3))
     dtype = case.dtype("dtype", ("float64", "float32"))
     conv = CONVOLUTIONS[dims][1](2, 3, 3, bias=case.flag("with bias"), dtype=dtype)

@@ -66,7 +66,7 @@ WEIGHT_LAYOUTS = ("contiguous", "channels last", "transposed", "reversed", "slic
 
 def orthogonality_loss(case: Case) -> None:
     """functional.orthogonality_loss of none to three weights, and its gradients."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     count = case.choose("weights", (1, 1, 1, 2, 3, 0))
     penalty = case.choose("penalty", PENALTIES)
     layers = [geometry(case, f"weight {n}") for n in range(count)]
@@ -126,7 +126,7 @@ def check_gradient(what: str, grad: Tensor, expected: Tensor, exact: Tensor) -> 
 
 def delta_(case: Case) -> None:
     """init.delta_: dirac_ at stride 1, and always a minimum of the lorth penalty."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     layer = geometry(case, "weight")
     leaf, arrangement = weight(case, "weight", layer.shape, case.dtype("dtype", ("float32", *tensors.FLOATS)))
     view = arrangement.view(leaf)
@@ -153,7 +153,7 @@ CONVOLUTIONS = {1: (isonet_fast.OrthoConv1d, nn.Conv1d), 2: (isonet_fast.OrthoCo
 
 def layer(case: Case) -> None:
     """OrthoConv1d to 3d and OrthoLinear: a delta at first, their parent's forward, the penalty of their own weight."""
-    torch.manual_seed(case.choose("seed", range(10**6)))
+    case.seed()
     shape, stride, dilation, groups = geometry(case, "weight")
     penalty = case.choose("penalty", (*PENALTIES, None))
     dtype = case.dtype("dtype", ("float32", "float32", "float64", "bfloat16"))
