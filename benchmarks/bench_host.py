@@ -1,8 +1,8 @@
 """What the penalty of a whole network costs the host: the time until a planned call returns.
 
-On a GPU the device's work is not awaited. Without one, Triton's own launchers run on tensors of the CPU with a driver
-that launches nothing (tools/null_driver.py): everything but the driver's own time. As by PyTorch's caching allocator,
-memory is kept, not given back to the system at every call.
+On a GPU the device's work is not awaited. Without a GPU, Triton's real launch code runs on tensors of the CPU against a
+stub driver that launches nothing (tools/null_driver.py), so the times contain everything except the driver's own time.
+malloc then keeps freed memory, as PyTorch's caching allocator does on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NETWORKS = ("isonet101", "isonet50", "isonet34", "isonet18")
 
 
 def without_gpu() -> None:
-    """Have the Triton kernels serve tensors of the CPU, by a driver that launches nothing."""
+    """Have the Triton kernels serve tensors of the CPU, with a stub driver that launches nothing."""
     sys.path.insert(0, str(ROOT / "tools"))
     import null_driver
 

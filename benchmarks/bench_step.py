@@ -116,7 +116,7 @@ class StepBenchmark:
             def check() -> float:
                 return step.error(self.x[:CHECKED], self.y[:CHECKED], self.truth)
 
-        elif provider == "compile":  # on the whole batch: it is compiled for that shape alone
+        elif provider == "compile":  # on the whole batch: it is compiled only for that shape
 
             def check() -> float:
                 plain = Step(official(self.model), self.half, official_penalty).measured(self.x, self.y)

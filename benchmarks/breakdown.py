@@ -68,7 +68,7 @@ def _within(name: str, function: Callable) -> Callable:
 
 
 def category(names: list[str]) -> str:
-    """Of an operator: from its own name and those of the operators that called it, outermost first."""
+    """The category of an operator, from its name and those of the operators that called it, outermost first."""
     return next((c for c, pattern in PATTERNS for name in names if re.search(pattern, name)), "rest")
 
 

@@ -1,4 +1,4 @@
-"""The figures, from the rows alone: `python -m benchmarks.plot` draws docs/speed-*.png and docs/scaling-*.png.
+"""The figures, made only from the rows: `python -m benchmarks.plot` draws docs/speed-*.png and docs/scaling-*.png.
 
 A folder of rows as an argument is drawn instead, into itself.
 """

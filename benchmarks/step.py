@@ -26,7 +26,7 @@ LR = 1e-6  # the weights stay where the check found them, however many steps are
 class Step:
     """zero_grad, loss (network under autocast, penalty in float32), backward, SGD: the official training step.
 
-    penalty: added to the loss; regularize: ours, added to the gradients; neither: the loss alone.
+    penalty: added to the loss; regularize: ours, added to the gradients; neither: only the loss.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ def deviation(result: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def flops(model: nn.Module, x: Tensor) -> float:
-    """Of the network's matrix products in one step: forward once, backward twice as much."""
+    """The FLOPs of the network's matrix products in one step: forward once, backward twice as much."""
     meta = copy.deepcopy(model).to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         meta(torch.empty(x.shape, device="meta"))

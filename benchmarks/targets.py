@@ -90,7 +90,7 @@ def _host(rows: list[Row]) -> Outcome | None:
 
 
 def nbytes(row: Row) -> int:
-    """Of one tensor of an elementwise case."""
+    """The bytes of one tensor of an elementwise case."""
     return math.prod(map(int, row["case"].split("x"))) * ITEM_BYTES[row["dtype"]]
 
 

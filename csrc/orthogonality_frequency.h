@@ -14,7 +14,7 @@ namespace isonet_fast::cpu {
 
 constexpr int64_t kSlice = 1 << 16;  // floats of C and S of the frequencies that are computed together, in cache
 
-// Of every pair u, v of opposite blocks the sum and the difference v - u, in their places.
+// Replaces every pair u, v of opposite blocks by their sum and their difference v - u.
 struct Fold {
   ISONET_FAST_INLINE void operator()(int64_t blocks, int64_t length, int64_t size, float* b) const {
     for (int64_t u = 0, v = blocks - 1; u < v; ++u, --v)

@@ -11,8 +11,8 @@ namespace isonet_fast::cpu {
 
 constexpr int64_t kPadding = 8;  // floats to which rows are filled up: a vector, or half of the longest
 constexpr int64_t kBlock = 64;   // floats that a pass over planes keeps in registers
-// So many products are added before they join the result: it is a small difference of larger numbers, and fewer
-// roundings are of the size of those.
+// This many products are summed in registers before they are added to the result c. c is a small difference of large
+// numbers, so fewer additions to it mean less rounding error.
 constexpr int64_t kDepth = 64;
 
 template <int kLanes>

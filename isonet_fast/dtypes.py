@@ -12,7 +12,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def summing(terms: Tensor) -> torch.dtype:
-    """Of sums over the elements of `terms`, or of few such tensors: float64 where the elements are few, because these
-    may cancel, and then a rounding shows."""
+    """The dtype of sums over the elements of `terms`, or of a few such tensors. It is float64 where there are few
+    elements, because these may cancel, and then a rounding shows."""
     few = terms.device.type == "cpu" and terms.numel() <= 4096  # as in csrc/elementwise_cpu.h
     return torch.float64 if few else wide(terms.dtype)

@@ -248,9 +248,9 @@ class OrthoRegularizer:
     def accumulate_grad_(self, grad_scale: float = 1.0) -> Tensor:
         """Add grad_scale * coeff * dpenalty/dW to every weight's `.grad`; returns sum of coeff * penalty.
 
-        Once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before they
-        are clipped. Saves the autograd engine's addition per weight. The order that is right everywhere: zero_grad(),
-        accumulate_grad_(), loss.backward(), optimizer step.
+        Call it once per optimizer step, after the gradients are unscaled (or with the scale as `grad_scale`) and before
+        they are clipped. It is faster than `reg()` in the loss, because it adds directly to `.grad`. The order that is
+        right everywhere: zero_grad(), accumulate_grad_(), loss.backward(), optimizer step.
 
         You may also call it after loss.backward(), with two exceptions. First, under DistributedDataParallel with
         `work_group`, call it before the backward pass that synchronises the gradients, because that pass must average

@@ -23,13 +23,13 @@ from .dtypes import wide
 
 
 def is_sharded(weight: Tensor) -> bool:
-    """Whether it is a DTensor. Their module is slow to import: where nobody has imported it, there are none."""
+    """Whether it is a DTensor. Their module is slow to import; if nobody has imported it, no DTensor exists."""
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor is not None and isinstance(weight, tensor.DTensor)
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards back in place: after a forward FSDP2 leaves its outermost module's weights gathered."""
+    """Put the shards back in place. After a forward pass FSDP2 leaves the weights of its outermost module gathered."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for module in model.modules():
@@ -40,9 +40,9 @@ def reshard(model: nn.Module) -> None:
 class Shards:
     """How a list of weights lies over the ranks of one process group.
 
-    Of a weight with O rows (its first dimension) every rank has ceil(O / ranks), the last ones fewer or none. In
-    messages every rank's part is padded to ceil(O / ranks) rows. Whole weights lie in one buffer, each with its padding
-    at its end.
+    A weight has O rows (its first dimension). Every rank has ceil(O / ranks) of them; the last ranks have fewer or
+    none. In messages every rank's part is padded to ceil(O / ranks) rows. Whole weights lie in one buffer, each with
+    its padding at its end.
 
     split_over: the `work_group` of `OrthoRegularizer`, or None if every rank computes everything.
 
@@ -67,11 +67,11 @@ class Shards:
         return list(_Gather.apply(self, *weights))
 
     def zeros(self, whole: Tensor) -> Tensor:
-        """A buffer for the gradients of all weights, in the dtype and on the device of this whole one."""
+        """A buffer for the gradients of all weights, in the dtype and on the device of the whole weight `whole`."""
         return whole.new_zeros(sum(self._sizes) * self._ranks)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Every whole weight in such a buffer."""
+        """Every whole weight in a buffer of `zeros`."""
         padded = buffer.split([size * self._ranks for size in self._sizes])
         return [one[: shape.numel()].view(shape) for one, shape in zip(padded, self._shapes, strict=True)]
 
@@ -79,7 +79,7 @@ class Shards:
     def add_(self, weights: Sequence[Tensor], grads: Tensor) -> None:
         """Add this rank's rows of `grads` (a buffer of `zeros`) to the `.grad` of every weight that requires one.
 
-        Where the work is split: of the mean of the ranks' `grads`, which takes one reduce-scatter.
+        If the work is split over ranks, their `grads` are averaged first (one reduce-scatter).
         """
         if not any(weight.requires_grad for weight in weights):
             return
@@ -107,17 +107,17 @@ class Shards:
         return list(mine.div_(self._ranks).split(self._sizes))
 
     def _columns(self, message: Tensor) -> list[Tensor]:
-        """The same in a message, where a rank's parts of all weights lie together."""
+        """Every weight in a message, (ranks, elements of a rank's part). A message is ordered by rank, then weight."""
         return list(message.view(self._ranks, -1).split(self._sizes, dim=1))
 
     def _parts(self, buffer: Tensor) -> list[Tensor]:
-        """Of every weight, the ranks' parts below each other, with their padding."""
+        """Every weight in a buffer of whole weights, with its padding, (ranks, elements of a rank's part)."""
         padded = buffer.split([size * self._ranks for size in self._sizes])
         return [one.view(self._ranks, size) for one, size in zip(padded, self._sizes, strict=True)]
 
 
 class _Gather(torch.autograd.Function):
-    """Shards to whole weights. Its backward adds the gradients to `.grad` itself, when all else is done.
+    """Shards to whole weights. Its backward adds the gradients to `.grad` itself, at the end of the backward pass.
 
     During the backward pass FSDP writes to the same `.grad`s, on a CUDA stream that the autograd engine does not know.
     At the end of the pass, a callback of FSDP makes the current stream wait for that stream. Our gradients must come
@@ -162,7 +162,7 @@ def _common_mesh(weights: Sequence[Any]) -> Any:
 
 
 def _collective(name: str, old_name: str) -> Any:
-    """PyTorch 2.13 renamed them, and warns of the old names."""
+    """The collective of this name, or of its `old_name` before PyTorch 2.13, which warns of the old names."""
     return getattr(dist, name, None) or getattr(dist, old_name)
 
 

@@ -2,9 +2,9 @@
 
     driver = null_driver.activate(90)
 
-Kernels are compiled, loaded and launched by Triton's own code, on tensors of the CPU. What they would compute is not
-computed; what the host does until a launch returns is what it does on a GPU, but for the driver's own time. Only for a
-process of its own: Triton keeps what it has compiled for a device.
+Kernels are compiled, loaded and launched by Triton's own code, on tensors of the CPU. They compute nothing. Until a
+launch returns, the host does what it does on a GPU, except for the driver's own work. Use it in a process of its own,
+because Triton keeps what it has compiled for a device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SReLU, the join and the penalty in standard operators, for what must see through them: torch.func, exports, traces.
+"""SReLU, the join and the penalty in standard operators, which torch.func, exports and traces can see through.
 
 Transforms (grad, vmap, jvp, ...) and forward-mode AD differentiate the reference's formulas. What torch.export,
 torch.onnx.export and torch.jit.trace record is one maximum, which every runtime knows.

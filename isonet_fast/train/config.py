@@ -229,7 +229,7 @@ def _build(cls: Any, values: Any, where: str) -> Any:
 
 
 def _known(where: str, hints: Mapping[str, Any]) -> list[str]:
-    """The keys of this section; at the top also those one level down, for `lr` means `optimizer.lr`."""
+    """The keys of this section; at the top also those one level down, because `lr` means `optimizer.lr`."""
     if where:
         return list(hints)
     return [

@@ -1,6 +1,6 @@
 """The processes of a run: what torchrun's environment says of them, and what they tell each other.
 
-One process alone has no process group: every exchange gives back what it was given.
+A single process has no process group: every exchange returns what it was given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run (rank of size) and among those of its machine (local_rank of local_size)."""
+    """This process among all processes of the run (rank, size) and of its machine (local_rank, local_size)."""
 
     rank: int = 0
     size: int = 1
@@ -41,11 +41,11 @@ class Processes:
 
     @property
     def group(self) -> Any:
-        """Of all processes; None where there is one alone."""
+        """The process group of the run; None for a single process."""
         return dist.group.WORLD if self.size > 1 else None
 
     def device(self, name: str) -> torch.device:
-        """The device of this process: of several processes each has the GPU of its local rank."""
+        """The device of this process. If there are several, each has the GPU of its local rank."""
         device = choose_device(name)
         if device.type != "cuda" or self.size == 1:
             return device
@@ -77,7 +77,7 @@ class Processes:
         return OnHost(value, dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None)
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's, in the order of the ranks; through pickle, among the processes of one run."""
+        """The values of all processes, in the order of the ranks. They travel as pickles, but only within one run."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -85,14 +85,14 @@ class Processes:
         return values
 
     def from_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, which alone calls it. Where it fails, rank 0 says why and all leave."""
+        """What `function` returns on rank 0; only rank 0 calls it. If it fails, rank 0 says why and all leave."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [False, None]
         try:
             if self.main:
                 outcome = [True, function()]
-        finally:  # the others must not wait for what will never come
+        finally:  # the other processes must not wait for an answer that never comes
             dist.broadcast_object_list(outcome, src=0)
         if not outcome[0]:
             raise SystemExit(1)
@@ -103,7 +103,7 @@ ALONE = Processes()
 
 
 class OnHost:
-    """Values on their way to the host: `get` waits for them alone, not for what was launched after them."""
+    """Values on their way to the host: `get` waits only for them, not for what was launched after them."""
 
     def __init__(self, value: Tensor, work: Any = None) -> None:
         self._on_device, self._work = value.detach(), work
@@ -137,7 +137,7 @@ def _side_stream(device: torch.device) -> Any:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """What torchrun says of this process; (0, 1) without torchrun, whatever RANK says then."""
+    """Rank and size as torchrun sets them; without torchrun (0, 1), whatever RANK says."""
     return (_number("RANK"), _number("WORLD_SIZE")) if _under_torchrun() else (0, 1)
 
 
@@ -154,8 +154,8 @@ def _number(variable: str) -> int:
 
 @contextlib.contextmanager
 def processes() -> Iterator[Processes]:
-    """What torchrun has started, one process alone without it. Torn down where the run ends well: after a failure the
-    others may never answer."""
+    """The processes that torchrun has started; without torchrun a single one. The group is torn down only if the run
+    ends well: after a failure the other processes may never answer."""
     rank, size = rank_and_size()
     if size == 1:
         if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and not _under_torchrun():
@@ -170,21 +170,21 @@ def processes() -> Iterator[Processes]:
 
 
 def _join(size: int) -> None:
-    # tensors go through the backend of their device; what is exchanged as an object stays on the CPU
+    # Tensors go through the backend of their device; objects are exchanged on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     restart, shared = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "USE_AGENT_STORE"))
     if restart in (None, "0") or shared != "True":
         dist.init_process_group(backend)
         return
-    # torchrun's store, where the processes find each other, outlives them: without a prefix those of a restart would
-    # call at the addresses of the dead (pytorch issue 135712)
+    # The processes find each other through torchrun's store, which outlives them. Without a prefix, restarted ones
+    # would connect to the addresses of the dead (pytorch issue 135712).
     store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(f"restart {restart}", store)
     dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size)
 
 
 def launch_name() -> str | None:
-    """What all restarts by one torchrun (or of one job, by its --rdzv-id) have in common; None without torchrun."""
+    """A name that all restarts by one torchrun (or of one job, by its --rdzv-id) share; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"none, process {os.getppid()}" if name == "none" else name  # "none" is torchrun's default for everyone
 
@@ -198,10 +198,10 @@ def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Mod
 
 
 def shard(model: nn.Module, processes: Processes, device: torch.device, precision: str) -> None:
-    """Fully sharded, in place: each process keeps a part of every block's weights, gradients and momentum in float32;
-    a block is gathered where it is computed, in bfloat16 for that precision."""
+    """Shard the model fully, in place. Each process keeps a part of every block's weights, gradients and momentum in
+    float32. A block is gathered where it is computed, in bfloat16 if that is the precision."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here: a second that nobody else should wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # imported here, because it takes a second
 
     half = torch.bfloat16 if precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
@@ -213,7 +213,7 @@ def shard(model: nn.Module, processes: Processes, device: torch.device, precisio
 def shards_of(
     weights: Mapping[str, Tensor], state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Of the weights and the optimizer's state, whole on every process, each process's part, as `shard` lays it out."""
+    """This process's part, as `shard` lays it out, of weights and an optimizer's state that are whole everywhere."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def part(whole: Any, parameter: Any) -> Any:
@@ -233,10 +233,10 @@ def shards_of(
 
 
 def synchronising(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Of the micro-batches of a step only the last one's backward exchanges gradients."""
+    """The context of one micro-batch: only the last one of a step exchanges gradients in its backward pass."""
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
-    exchange: Any = getattr(model, "set_requires_gradient_sync", None)  # of a sharded one
+    exchange: Any = getattr(model, "set_requires_gradient_sync", None)  # a sharded model has it
     if exchange is not None:
         exchange(last)
     return nullcontext()

@@ -1,11 +1,11 @@
-"""The training loop: what one run is, step by step, and how it stops and goes on.
+"""The training loop: one run, step by step, and how it stops and is resumed.
 
 Everything that a step depends on is in a checkpoint (`snapshot`): weights, optimizer, loss scale, random generators and
 the position (epoch, examples of it done). The data follow from the seed and the position (`loader`), the learning rate
 from the epoch (`schedule`). So a run resumed from any step goes on with the same bits on a CPU.
 
-Under torchrun every process runs this loop, and those lines that exchange something are reached by all (`distributed`):
-the verdict on each step, the sums at the end of an epoch, the state for a checkpoint. Rank 0 reports and writes.
+Under torchrun every process runs this loop. All reach the lines that exchange something (`distributed`): the verdict on
+each step, the sums at the end of an epoch, the state for a checkpoint. Rank 0 reports and writes.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from .validation import to_device, validate
 class Run:
     """One training run in one directory. `fit()` trains it to its end.
 
-    What is special to classifiers are the methods under "what is trained"; `detection.run` has others.
+    The methods under "what is trained" are those of classifiers; `detection.run` overrides them for detectors.
 
     keep: False for a run that leaves no files, prints no lines and answers no signals; it is there for its `rows` and
         its `model`.
     """
 
-    COMMAND: ClassVar[str] = "train"  # that goes on with it
+    COMMAND: ClassVar[str] = "train"  # the command that resumes such a run
 
     config: Config
     directory: Path
@@ -69,7 +69,7 @@ class Run:
     log: Log | None
     sums: Sums
     epoch: int
-    examples: int  # of the epoch done, by all processes
+    examples: int  # how many of the epoch all processes together have done
     step: int
     best: float
     penalty: Tensor  # of the last step, unweighted, this process's share of it
@@ -93,7 +93,7 @@ class Run:
             processes.say(note)
         self.model = self._build_model().to(self.device)
         self.sharded = config.fsdp and processes.size > 1
-        if config.channels_last and not self.sharded:  # shards are contiguous; there the images alone bring the format
+        if config.channels_last and not self.sharded:  # shards are contiguous; only images bring the format
             self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.sharded:
             shard(self.model, processes, self.device, config.precision)
@@ -118,7 +118,7 @@ class Run:
         self.penalty = torch.tensor(float("nan"), device=self.device)
         self.corrupt: dict[str, str] = {}
         self._signals = Signals(twice_ends=processes.size == 1)
-        self._stop = 0  # what all processes stop for
+        self._stop = 0  # the signal that all processes stop for
         self._saved_step: int | None = None  # of the last checkpoint, if there is one
         if self.wrapped is not self.model:
             self._settle()
@@ -129,13 +129,14 @@ class Run:
             self._saved_step = self.step
 
     def _settle(self) -> None:
-        """One backward pass that counts nothing. After its first one DDP puts the gradients in another order, and with
-        it the additions among three processes and more: a resumed run would have its own first one, and other bits."""
+        """Make one backward pass without effect. After its first backward pass DDP puts the gradients in another order,
+        in which three or more processes add with other roundings. A resumed run would have a first pass of its own, and
+        so other bits."""
         self.wrapped(self._black()).sum().backward()
         self.optimizer.zero_grad(set_to_none=False)
 
     def seed(self) -> None:
-        """For dropout: each process draws its own. The weights are the same everywhere and exist by now."""
+        """Seed dropout, which each process draws for itself. The weights are the same everywhere and exist by now."""
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.processes.rank}").getrandbits(63))
 
     # -- what is trained -----------------------------------------------------------------------------------------------
@@ -147,11 +148,11 @@ class Run:
         return build_model(self.config.model, self.source.num_classes, self.source.channels)
 
     def _lr(self) -> float:
-        """The configured one is per GPU, as the batch is."""
+        """The learning rate of all processes together: the configured one is per GPU, as the batch is."""
         return self.config.optimizer.lr * self.processes.size
 
     def batch_note(self) -> str:
-        """What another number of processes changes."""
+        """What changes with the number of processes, for the message of a resumed run."""
         return f"the learning rate is that of {self.processes.size} x the batch"
 
     def _loaders(self) -> tuple[Loader, Loader]:
@@ -169,7 +170,7 @@ class Run:
 
     @staticmethod
     def at_end(config: Any, position: dict[str, Any]) -> str:
-        """Of a checkpoint that has nothing left to do: what to raise; else nothing."""
+        """For a checkpoint that has nothing left to do, which setting to raise; else the empty string."""
         epochs = config.schedule.epochs
         return f"{epochs} epochs; raise schedule.epochs" if position["epoch"] > epochs else ""
 
@@ -188,7 +189,7 @@ class Run:
         schedule.apply(self.optimizer, self.base_lr, self.epoch, self.config.schedule)
 
     def _loss(self, batch: Batch, n: int) -> tuple[Tensor, float, tuple[Any, ...]]:
-        """Of the n-th batch of this step: its loss, what that counts, and what `self.sums.add` is told."""
+        """The loss of the n-th batch of this step, the weight of this loss, and the arguments of `self.sums.add`."""
         mixed, weight = self._mixed(batch, n)
         with self._autocast():
             logits = self.forward(mixed.images)
@@ -256,7 +257,7 @@ class Run:
         return self.rows[-1] if self.rows else {}
 
     def _announce(self) -> None:
-        """The arithmetic of the recipe, whose learning rates and batches are per GPU."""
+        """Print the total batch and learning rate: those of the recipe are per GPU."""
         size, accumulate, batch = self.processes.size, self.config.accumulate, self.config.data.batch_size
         if size * accumulate > 1:
             self.processes.say(
@@ -291,17 +292,17 @@ class Run:
         self._end_epoch(sums, (sums.examples - before) / seconds, seconds)
 
     def _train_step(self, batches: list[Batch]) -> None:
-        """Forward, cross entropy, backward, penalty, clipping, optimizer: in this order, for the loss is looked at
-        while the device computes the gradients, and nothing has changed yet if it is not finite.
+        """Forward, cross entropy, backward, penalty, clipping, optimizer. In this order the host looks at the loss
+        while the device computes the gradients, and nothing has changed yet if the loss is not finite.
 
-        Among several processes with whole weights (DDP) each has its share of the penalty, and the last backward
-        averages the gradients: the share must be there before. It is in the loss scaler's units then.
+        Among several processes with whole weights (DDP) each adds its share of the penalty before the last backward,
+        which averages the gradients. There the share is in the loss scaler's units.
         """
         self.step += 1
         for batch in batches:
             self._note(batch.corrupt)
         share_first = self.processes.size > 1 and not self.sharded
-        # on its way to the host long before it is needed
+        # The loss scale, on its way to the host long before it is needed
         scale = OnHost(self.scaler.scale(torch.ones((), device=self.device))) if share_first else None
         self.optimizer.zero_grad(set_to_none=not share_first)  # DDP's buckets stay where they are
         seen: list[tuple[Tensor, tuple[Any, ...]]] = []
@@ -332,8 +333,8 @@ class Run:
                 self.sums.add(*told)
 
     def _ask(self, losses: list[Tensor]) -> OnHost:
-        """Two numbers for all processes: size - rank of the first one whose loss is not finite, else 0; and the signal
-        that one of them was sent, else 0."""
+        """Two numbers, the same on all processes: size - rank of the first process whose loss is not finite, else 0;
+        and the signal that a process was sent, else 0."""
         bad = torch.stack(losses).isfinite().logical_not().any() * float(self.processes.size - self.processes.rank)
         return self.processes.largest(torch.stack([bad, torch.full_like(bad, self._signals.received)]))
 
@@ -379,7 +380,7 @@ class Run:
     # -- what can go wrong ------------------------------------------------------------------------------------------
 
     def _diverged(self, batches: list[Batch], rank: int) -> None:
-        """All processes look for the layer, for a sharded forward pass needs all of them; `rank` has the loss."""
+        """All processes look for the layer, because a sharded forward pass needs all of them; `rank` has the loss."""
         layers = [self._first_nonfinite(batch, n) for n, batch in enumerate(batches, 1)]
         found = next((layer for layer in layers if layer), None)
         raise Diverged(
@@ -390,8 +391,8 @@ class Run:
         )
 
     def _check(self, weights: dict[str, Tensor]) -> None:
-        """Weights that are not finite never reach a file: a gradient that is not, under a finite loss, is found here
-        or by the next loss."""
+        """Keep weights that are not finite out of every file. They come from a gradient that is not finite although the
+        loss is. This is found here or by the next loss."""
         found = [name for name in self.processes.gather(first_nonfinite_weight(weights)) if name is not None]
         if found:
             raise Diverged(self.step, None, f" Nothing was saved;{self._last_good()}", weight=found[0])
@@ -402,7 +403,7 @@ class Run:
         return f" the last good checkpoint is {self._path('latest')} (step {self._saved_step})."
 
     def _note(self, corrupt: list[Corrupt]) -> None:
-        """Whichever process comes upon an image says so."""
+        """Report corrupt images: the process that comes upon one says so."""
         who = f"rank {self.processes.rank}: " if self.processes.size > 1 else ""
         for image in corrupt:
             if self.config.data.strict:
@@ -412,31 +413,31 @@ class Run:
                 print(f"{who}skipped a corrupt image, the {_ordinal(len(self.corrupt))}: {image}", flush=True)
 
     def all_corrupt(self) -> dict[str, str]:
-        """Those that any process has come upon; known to every process from then on."""
+        """The corrupt images that any process has come upon. From then on every process knows them."""
         for others in self.processes.gather(self.corrupt):
             self.corrupt.update(others)
         return dict(sorted(self.corrupt.items()))
 
     def _mixed(self, batch: Batch, n: int) -> tuple[Mixed, float]:
-        """The n-th batch of this step as it is trained on, and what its loss counts. What mixup draws follows from
+        """The n-th batch of this step as it is trained on, and the weight of its loss. What mixup draws follows from
         (seed, step, rank, n), so a resumed run draws the same."""
         x, y, weight = self._to_device(batch)
         seed = f"{self.config.seed}/{self.step}/{self.processes.rank}/{n}"
         return mixup(x, y, self.config.data.mixup, seed), weight
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
-        """Images, labels, and what their loss counts: a batch of which nothing could be read is one black image that
-        counts nothing, for the other processes wait for this one's gradients."""
+        """Images, labels, and the weight of their loss. A batch of which nothing could be read becomes one black image
+        of weight 0, because the other processes wait for this one's gradients."""
         if batch.images is None:
             return self._black(), torch.zeros(1, dtype=torch.long, device=self.device), 0.0
         return *to_device(batch.images, batch.labels, self.config, self.device), 1.0
 
     def _black(self) -> Tensor:
-        """Small: the networks take every size."""
+        """One black image. It is small, because the networks take every size."""
         return torch.zeros(1, self.source.channels, 32, 32, device=self.device)
 
     def _autocast(self) -> AbstractContextManager:
-        """Sharded weights come in their precision already."""
+        """Autocast in the configured precision. Sharded weights need none: they come in this precision already."""
         return nullcontext() if self.sharded else autocast(self.config.precision, self.device)
 
 

@@ -26,7 +26,7 @@ def validate(
 ) -> tuple[Sums, list[Corrupt]]:
     """Loss and accuracies over this process's part of the loader, in eval mode, and the images that could not be read.
 
-    stand_in: where the weights are sharded, what a process without images of its own computes, for every forward pass
+    stand_in: images for a process that has none of its own, where the weights are sharded, because every forward pass
     needs all processes.
     """
     model.eval()

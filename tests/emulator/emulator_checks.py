@@ -96,7 +96,7 @@ class Case:
         return empty((size,), self.parameter_dtype)
 
     def equal(self, got: np.ndarray, expected: np.ndarray, what: str) -> None:
-        """Same bits, but for the payload of a NaN."""
+        """Same bits, except for the payload of a NaN."""
         got, expected = value(got, self.dtype), value(store(expected, self.dtype), self.dtype)
         wrong = ~((got == expected) | (np.isnan(got) & np.isnan(expected)))
         assert not wrong.any(), f"{what} of {self}: {wrong.sum()} of {wrong.size} elements are wrong"

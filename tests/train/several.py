@@ -1,4 +1,4 @@
-"""Commands of isonet-fast on several processes, many in one start of torchrun, for a start takes seconds.
+"""Commands of isonet-fast on several processes, many in one start of torchrun, because a start takes seconds.
 
 As a program, on each rank: reads [[arguments, fault], ...] from the file named on its command line, does one after the
 other, and exits with the code of the last. A fault [kind, rank, step] happens on one rank in one step: "SIGTERM" is

@@ -121,7 +121,7 @@ def _report(model: nn.Module, examples: Any, settled: Config, device: torch.devi
 
 
 def _channels(model: nn.Module) -> int:
-    """Of the images: the input channels of the first convolution."""
+    """The channels of the images: the input channels of the first convolution."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None:
         raise ValueError(f"{type(model).__name__} has no Conv2d to report on")

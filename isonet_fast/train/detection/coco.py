@@ -141,7 +141,7 @@ def import_pycocotools() -> None:
 
 
 def folder(path: Path) -> Path:
-    """Of the images of an annotation file."""
+    """The folder of the images of an annotation file."""
     return path.parents[1] / path.stem.removeprefix("instances_")
 
 

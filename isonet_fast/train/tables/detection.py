@@ -34,7 +34,7 @@ COLUMNS += ("seeds", "diverged", "seconds", "commit")
 
 
 def rows(scale: str, only: str | None = None) -> tuple[TableRow, ...]:
-    """Of one scale; ValueError for another scale, and for a row that is none."""
+    """The rows at one scale, or the one named `only`; ValueError for an unknown scale or row."""
     if scale not in SCALES:
         raise ValueError(f"table 6 has the scales {' and '.join(SCALES)} (which is COCO), got {scale}")
     return plan.only(only, [_row(one) for one in _read()[scale]], 6)
@@ -68,8 +68,8 @@ def generated(folder: Path, processes: Processes) -> list[str]:
 
 
 def make(settled: DetectionConfig, folder: Path, processes: Processes) -> dict[str, Any] | None:
-    """The result of the run in `folder`, which is begun, or gone on with, or has ended already. None where another
-    process is at work on it. Raises as `Run.fit` does, and ValueError where it is of other settings."""
+    """The result of the run in `folder`, which is begun or resumed if it has not ended yet. None if another process is
+    at work on it. Raises as `Run.fit` does, and ValueError if the run there has other settings."""
     from ..detection.run import DetectionRun  # torchvision
 
     with ExitStack() as stack:
@@ -136,7 +136,8 @@ def complete(
 
 
 def _write(scale: str, seeds: int, folder: Path) -> list[dict[str, str]]:
-    """Of all rows what is there, whatever their settings were: each may have its own (`detector.weights_backbone`)."""
+    """Write the results of all rows that are there, whatever their settings, because each row may have its own
+    (`detector.weights_backbone`)."""
     lines = []
     for row in rows(scale):
         found = [_read_result(folder / row.folder / f"seed-{seed}") for seed in range(seeds)]
@@ -172,7 +173,7 @@ def line(name: str, results: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def markdown(scale: str, lines: Sequence[dict[str, str]]) -> str:
-    """Only what the CSV file says, for readers."""
+    """The CSV file's lines as a table for readers."""
     heads = ["", "published box, mask", "box AP", "AP50", "AP75", "mask AP", "AP50", "AP75", "diverged", "seconds"]
     text = [f"# Table 6, {scale}: {_read()['title']}", "", _cells(heads), _cells(["---"] * len(heads))]
     for values in lines:

@@ -1,7 +1,7 @@
-"""A table from its first run to its files: every run that is not there yet, row by row.
+"""Making a table: every run that is not there yet, row by row, then the table's files.
 
-With several learning rates each row is trained with each of them and the first seed; the other seeds follow at the best
-one. Several processes may make one table: each takes the runs on which no other is at work.
+If there are several learning rates, each row is trained with the first seed at all of them, then with the other seeds
+at the best one. Several processes may make one table: each takes the runs on which no other is at work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POLL = 5.0  # seconds between two looks at the runs of other processes
 
 @dataclass(frozen=True)
 class Making:
-    """settings: over those of the rows. folder: of the runs and of the table's files."""
+    """A table being made. settings: they override the rows'. folder: it holds the runs and the table's files."""
 
     table: Table
     folder: Path
@@ -30,7 +30,7 @@ class Making:
     processes: Processes
 
     def complete(self, rows: Sequence[TableRow]) -> None:
-        """Make what is missing of these rows, and write the table; of its other rows what is there already."""
+        """Make what is missing of these rows, and write the table, with what is there already of its other rows."""
         total = len(rows) * (len(self.table.rates) + self.seeds - 1)
         while True:
             done = [self._row(row, n * total // len(rows), total) for n, row in enumerate(rows)]
@@ -80,6 +80,6 @@ class Making:
 
 
 def best(results: dict[float | None, Result]) -> float | None:
-    """The learning rate with the highest accuracy; where every run diverged, the smallest."""
+    """The learning rate with the highest accuracy; if every run diverged, the smallest."""
     accuracies = {lr: -1.0 if result.top1 is None else result.top1 for lr, result in results.items()}
     return max(accuracies, key=lambda lr: accuracies[lr], default=None)

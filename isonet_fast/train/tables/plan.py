@@ -17,12 +17,12 @@ SCALES = ("small", "cifar", "imagenet")
 
 @dataclass(frozen=True)
 class TableRow:
-    """One network and how it is trained: a preset, and `KEY=VALUE` settings that go over it."""
+    """One network and how it is trained: a preset, and `KEY=VALUE` settings that override it."""
 
     name: str
     preset: str
     settings: tuple[str, ...]
-    published: float | None = None  # top-1, at the scale "imagenet" alone
+    published: float | None = None  # top-1, only at the scale "imagenet"
     kind: Any = Config  # the dataclass of its configuration
 
     @property
@@ -31,7 +31,7 @@ class TableRow:
         return re.sub(r"[^a-z0-9.]+", "-", self.name.lower().replace("= -", "=minus ")).strip("-")
 
     def config(self, seed: int, lr: float | None, more: Sequence[str] = ()) -> Any:
-        """lr: None for the preset's own. `more` goes over everything."""
+        """The row's configuration. lr: None for the preset's own. The settings in `more` override all others."""
         rate = [] if lr is None else [f"optimizer.lr={lr!r}"]
         return config.load_as(self.kind, self.preset, [*self.settings, *rate, f"seed={seed}", *more])
 
@@ -42,7 +42,7 @@ def words(settings: dict[str, Any]) -> tuple[str, ...]:
 
 
 def only(name: str | None, rows: Sequence[TableRow], number: int) -> tuple[TableRow, ...]:
-    """The row of that name in table `number`, or all; ValueError for a name that is none."""
+    """The row of that name in table `number`, or all rows for None; ValueError for an unknown name."""
     chosen = tuple(row for row in rows if name is None or row.name.lower() == name.lower())
     if not chosen:
         known = "; ".join(row.name for row in rows)
@@ -52,7 +52,7 @@ def only(name: str | None, rows: Sequence[TableRow], number: int) -> tuple[Table
 
 @dataclass(frozen=True)
 class Table:
-    """learning_rates: each row is trained with each, or with its preset's own one where there are none."""
+    """A table. learning_rates: each row is trained with each of them, or with its preset's own if there are none."""
 
     number: int
     scale: str
@@ -67,17 +67,17 @@ class Table:
 
 
 def numbers() -> list[int]:
-    """Of the tables that there are."""
+    """The numbers of the tables that there are."""
     return list(_read()["tables"])
 
 
 def table(number: int, scale: str) -> Table:
-    """Table `number` at a scale of SCALES; ValueError for a number that is none."""
+    """Table `number` at a scale of SCALES; ValueError for an unknown number."""
     everything = _read()
     if number not in everything["tables"]:
         raise ValueError(f"the tables are {', '.join(map(str, everything['tables']))} and 6, got {number}")
     given = everything["tables"][number]
-    # what the table says of this scale goes over what the scale says of every table, and the settings are joined
+    # The table's own values for this scale override those that the scale has for all tables; settings are joined.
     common, own = everything["scales"][scale], given.get(scale, {})
     both = {**given, **common, **own}
     settings = {**common.get("set", {}), **own.get("set", {})}

@@ -1,4 +1,4 @@
-"""The runs of a table: each an ordinary training run in a folder of its own, made once, its result a file there."""
+"""The runs of a table. Each is an ordinary training run, made once, in a folder of its own that keeps its result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has come to. Where it diverged there is no accuracy; the rest is of its last good weights."""
+    """What a run has come to. If it diverged, it has no accuracy; the rest is of its last good weights."""
 
     top1: float | None  # of the validation images after the last epoch, percent
     diverged: int | None  # the step
@@ -46,7 +46,7 @@ class Result:
 
 
 def read(settled: Config, folder: Path) -> Result | None:
-    """None where the run has no result yet. ValueError where it is of a run with other settings."""
+    """The result of the run in `folder`; None if it has none yet. ValueError if that run had other settings."""
     path = folder / RESULT
     if not path.exists():
         return None
@@ -56,10 +56,10 @@ def read(settled: Config, folder: Path) -> Result | None:
 
 
 def make(settled: Config, folder: Path, processes: Processes) -> Result | None:
-    """The result of the run in `folder`, which is begun, or gone on with, or has ended already. None where another
-    process is at work on it.
+    """The result of the run in `folder`, which is begun or resumed if it has not ended yet. None if another process is
+    at work on it.
 
-    Raises Interrupted as `Run.fit` does; ValueError where the folder has a run of other settings.
+    Raises Interrupted as `Run.fit` does; ValueError if the folder has a run with other settings.
     """
     with ExitStack() as stack:
         done = processes.from_main(lambda: read(settled, folder))
@@ -77,7 +77,7 @@ def make(settled: Config, folder: Path, processes: Processes) -> Result | None:
 
 
 def taken(folder: Path, stack: ExitStack) -> bool:
-    """Whether the run in `folder` is this process's until `stack` ends; if not, another is at work on it."""
+    """Whether this process has the run in `folder` until `stack` ends; if not, another process is at work on it."""
     try:
         stack.enter_context(lock.locked(folder))
     except BlockingIOError:
@@ -86,7 +86,7 @@ def taken(folder: Path, stack: ExitStack) -> bool:
 
 
 def _state(settled: Config, folder: Path, processes: Processes) -> dict[str, Any] | None:
-    """Of the checkpoint to go on from, if there is one."""
+    """The state in the checkpoint to go on from, if there is one."""
     if not processes.from_main(lambda: bool(checkpoint.find(folder, "latest", "previous"))):
         return None
     path = processes.from_main(lambda: checkpoint.load_latest(folder)[1])
@@ -138,7 +138,7 @@ def _metrics(path: Path) -> list[dict[str, str]]:
 
 
 def commit() -> str:
-    """Of the checkout that runs; without one, the version."""
+    """The commit of the checkout that runs; without a checkout, the version."""
     answer = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True
     )

@@ -20,7 +20,7 @@ COLUMNS = (
 def line(
     table: Table, row: TableRow, first: dict[float | None, Result], lr: float, seeds: Sequence[Result]
 ) -> dict[str, str]:
-    """A line of the CSV file. first: of the first seed by learning rate; seeds: of all seeds at the best one, `lr`."""
+    """A line of the CSV file. first: the first seed's results by learning rate; seeds: all seeds' at the best, `lr`."""
     values = dict.fromkeys(COLUMNS, "")
     values |= {"row": row.name, "published": "" if row.published is None else f"{row.published:.2f}"}
     if not first:
@@ -71,7 +71,7 @@ def files(table: Table, lines: list[dict[str, str]], folder: Path) -> None:
 
 
 def markdown(table: Table, lines: list[dict[str, str]]) -> str:
-    """Only what the CSV file says, for readers."""
+    """The CSV file's lines as a table for readers."""
     heads = ("", "published", "top-1 (%)", "learning rate", "largest stable", "singular values", "gradient", "seconds")
     text = [f"# Table {table.number}, {table.scale}: {table.title}", "", _row(heads), _row(["---"] * len(heads))]
     for values in lines:
