@@ -19,13 +19,13 @@ from .import_torchvision import import_torchvision
 from .models.arguments import integer
 from .models.blocks import through
 from .models.dilate import dilate_
+from .models.image_statistics import CIFAR, IMAGENET
 from .models.ingredients import Switches
 from .models.isonet import BLOCKS, ISONet
 from .models.isonet_cifar import ISONetCifar
 from .models.network import Network
 from .nn import ResidualSReLU, SReLU
 from .safe_load import weights_in
-from .train.data.transforms import CIFAR, IMAGENET
 
 import_torchvision()  # timm imports it, which fails beside a CPU torch without this
 try:

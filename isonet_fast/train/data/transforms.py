@@ -7,12 +7,10 @@ from typing import Any
 import torch
 
 from ...import_torchvision import import_torchvision
+from ...models.image_statistics import CIFAR, IMAGENET
 
 import_torchvision()  # first, because it says what to install
 from torchvision.transforms import v2
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of the channels
-CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 
 def training(size: int) -> v2.Compose:
