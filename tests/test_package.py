@@ -1,6 +1,5 @@
 """The package as users meet it: public names, typing, imports with Triton or PyTorch missing or too old."""
 
-import ast
 import inspect
 import subprocess
 import sys
@@ -166,51 +165,3 @@ import isonet_fast
     assert last.startswith("ImportError: ") and "it defines isonet_fast::srelu(Tensor x) -> Tensor, not srelu(" in last
     assert last.endswith("build it again: pip install --no-build-isolation .")
     assert python(code.format(arguments="Tensor x, Tensor bias")).returncode == 0
-
-
-def imports(path):
-    """Absolute names of the modules that a file imports at its top level."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = list(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-            prefix = base[: len(base) - node.level] if node.level else []
-            stem = ".".join([*prefix, *([node.module] if node.module else [])])
-            yield stem
-            yield from (f"{stem}.{alias.name}" for alias in node.names)
-
-
-# docs/design.md: train -> models, nn, regularizer -> functional -> ops -> kernels
-FORBIDDEN = {
-    "reference.py": ["isonet_fast"],
-    "geometry.py": ["isonet_fast", "torch"],
-    "kernels": ["isonet_fast.ops", "isonet_fast.functional", "isonet_fast.nn", "isonet_fast.models"],
-    "ops": ["isonet_fast.functional", "isonet_fast.nn", "isonet_fast.models", "isonet_fast.regularizer", "triton"],
-    "functional.py": ["isonet_fast.nn", "isonet_fast.models", "isonet_fast.regularizer", "isonet_fast.train"],
-    "nn": ["isonet_fast.models", "isonet_fast.regularizer", "isonet_fast.train", "isonet_fast.ops"],
-    "models": ["isonet_fast.train", "isonet_fast.ops"],
-    "existence.py": ["torch", "isonet_fast.functional", "isonet_fast.layers", "isonet_fast.regularizer"],
-    "layers.py": ["isonet_fast.models", "isonet_fast.train", "isonet_fast.selection", "isonet_fast.regularizer"],
-    "selection.py": ["isonet_fast.models", "isonet_fast.train", "isonet_fast.regularizer"],
-    "regularizer.py": ["isonet_fast.models", "isonet_fast.train"],
-    "train/data": ["isonet_fast.train.commands", "isonet_fast.train.saving", "isonet_fast.train.loop"],
-    "train/saving": ["isonet_fast.train.commands", "isonet_fast.train.data", "isonet_fast.train.loop"],
-    "init.py": ["isonet_fast.nn", "isonet_fast.models", "isonet_fast.train"],
-}
-
-
-@pytest.mark.parametrize("part", FORBIDDEN)
-def test_imports_go_one_way(part):
-    files = [PACKAGE / part] if part.endswith(".py") else sorted((PACKAGE / part).rglob("*.py"))
-    assert files
-    for file in files:
-        for name in imports(file):
-            for forbidden in FORBIDDEN[part]:
-                assert name != forbidden and not name.startswith(f"{forbidden}."), f"{file.name} imports {name}"
-
-
-def test_triton_is_imported_in_kernels_alone():
-    for file in PACKAGE.rglob("*.py"):
-        if file.relative_to(PACKAGE).parts[0] != "kernels":
-            assert not any(name.partition(".")[0] == "triton" for name in imports(file)), file
