@@ -107,6 +107,23 @@ def host_table(rows: list[Row]) -> str:
     return markdown([*head, "`reg()`", "its backward"], body)
 
 
+def small_table(rows: list[Row]) -> str:
+    """The two forms of the compiled kernel; those with the fewest multiplications to save come first."""
+    forms, modes = ("overlap", "frequency"), ("one thread", "all threads")
+    body = []
+    for name in dict.fromkeys(workload["case"] for workload in cases(rows, op="orthogonality_small")):
+        sides = [group(rows, forms, op="orthogonality_small", mode=mode, case=name) for mode in modes]
+        if not all(sides):
+            continue
+        work = [float(sides[0][form]["tflops"]) * ms(sides[0][form]) for form in forms]
+        times = [f"{ms(side[form]):.3g}" for side in sides for form in forms]
+        gains = [f"{ms(side['overlap']) / ms(side['frequency']):.2f}x" for side in sides]
+        body.append([name, f"{work[0] / work[1]:.2f}", *times, ", ".join(gains)])
+    body.sort(key=lambda line: float(line[1]))
+    heads = [f"{form}, {mode}" for mode in modes for form in ("offsets", "frequencies")]
+    return markdown(["ten layers, ms", "products", *heads, "offsets / frequencies"], body)
+
+
 def srelu_table(rows: list[Row]) -> str:
     """SReLU and join, forward and backward, at the shapes of ISONet-50 and R-ISONet-50."""
     body = []
@@ -149,6 +166,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "step": step_table,
     "penalty": penalty_table,
     "host": host_table,
+    "small": small_table,
     "srelu": srelu_table,
     "peers": peers_table,
 }
@@ -164,7 +182,7 @@ def by_device(make: Callable[[list[Row]], str], rows: list[Row]) -> str:
             last = own[-1]
             versions = ", ".join(filter(None, (f"torch {last['torch']}", last["driver"])))
             parts.append(f"{device.removeprefix('cpu: ')}, {versions}\n\n{table}")
-    if not on(rows, "GPU"):
+    if not on(rows, "GPU") and not (parts and make is small_table):  # which is of the CPU's kernel
         parts.insert(0, f"No {'GPU' if parts else 'machine'} has measured this yet.\n")
     return "\n".join(parts)
 

@@ -15,6 +15,9 @@ from benchmarks.harness import Session, parser
 from isonet_fast import functional
 from isonet_fast.models.official import bare, official, official_penalty
 from isonet_fast.nn import SReLU
+from isonet_fast.ops import _library
+
+compiled = pytest.mark.skipif(not _library.compiled_for("cpu"), reason="needs the compiled library")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +49,7 @@ def stored():
             ["--profile"],
             {"matmul", "official", "compile", "isonet_fast", "isonet_fast without penalty", "bare"},
         ),
+        pytest.param("bench_small", [], {"overlap", "frequency"}, marks=compiled),
         ("bench_scaling", [], {"matmul", "official", "isonet_fast", "bare"}),
         ("bench_peers", [], {"none", "official", "isonet_fast", "OCNN kernel", "OCNN convolution", "torch orthogonal"}),
     ],
@@ -60,7 +64,7 @@ def test_a_dry_run_times_every_provider_and_keeps_no_rows(script, options, expec
     assert all(float(row["p50_ms"]) >= 0 for row in timed)
     assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
     if script not in ("bench_scaling", "bench_peers"):  # those measure cost, not errors
-        ours = [row for row in timed if row["provider"] == "isonet_fast"]
+        ours = [row for row in timed if row["provider"] in ("isonet_fast", "overlap", "frequency")]
         assert ours and all(float(row["error"]) < 0.1 for row in ours)
     if "--profile" in options:
         check_profile(written)

@@ -44,6 +44,9 @@ def on_gpu(slow=1.0):
         step[0]["peak_bytes"] = str(int(400000 * slow))
         without = dict(step[0], provider="isonet_fast without penalty", p50_ms="99")
         found += [*step, without]
+    for mode in ("one thread", "all threads"):
+        small = measured("orthogonality_small", mode, "16 channels, 3x3", "float32", overlap=2, frequency=1)
+        found += [row | {"tflops": "1"} for row in small]
     found += measured("peers", "step", "3x3 64->64, batch 16", "float32", none=1, isonet_fast=1.1, official=2)
     return found
 
