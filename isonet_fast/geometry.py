@@ -24,8 +24,8 @@ Precision = Literal["highest"]  # None: as fast as the tolerances allow
 # thread that the compiled kernel gives it, and matrix products are large enough to use several.
 SMALL = 128**2
 # By this factor a small layer must multiply less over frequencies, for they take more additions and transposes too.
-# Measured with the compiled kernel on an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take 1.04 times the time,
-# 12 channels multiply 1.29 times less and take 1.04 times less time (docs/benchmarks.md).
+# Measured with the compiled kernel on an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take 1.04 times the
+# time, 12 channels multiply 1.29 times less and take 1.04 times less time (docs/benchmarks.md).
 SMALL_FACTOR = 1.2
 # What packing an element of a weight and writing its gradient cost a rank with the Triton kernels, in multiplications,
 # as tools/schedule.py predicts: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
