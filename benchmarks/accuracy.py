@@ -150,7 +150,7 @@ def official(weight: Tensor) -> tuple[float, Tensor]:
 
 
 def compiled(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
-    plan, waves, constants = small_layers.plan([layer], [(form, layer.units(form))])
+    plan, waves, constants = small_layers.kernel_arguments([layer], [(form, layer.units(form))])
     grad = torch.empty_like(weight)
     losses = _library.ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
     return (losses - constants).item(), grad

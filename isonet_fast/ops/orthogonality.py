@@ -115,7 +115,9 @@ def _small_plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     key = "small", *[(n, work[n][0]) for n in members]
     if key not in problem.tables:
-        problem.tables[key] = small_layers.plan([problem.layers[n] for n in members], [work[n] for n in members])
+        problem.tables[key] = small_layers.kernel_arguments(
+            [problem.layers[n] for n in members], [work[n] for n in members]
+        )
     return problem.tables[key]
 
 

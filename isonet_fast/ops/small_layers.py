@@ -33,7 +33,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.dtype == torch.float32 and not tensor.is_neg()
 
 
-def plan(layers: Sequence[Layer], work: Sequence[Work]) -> tuple[Tensor, Tensor, Tensor]:
+def kernel_arguments(layers: Sequence[Layer], work: Sequence[Work]) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel computes, as it reads it: plan and waves; and what to subtract from each layer's sum, (L,)."""
     numbers: list[int] = []
     waves = [torch.empty(0, dtype=torch.float32)]

@@ -119,7 +119,7 @@ def test_the_gradient_near_the_optimum_is_at_least_as_exact_over_frequencies(cha
         layer = checked_layer(weight, 1, 1, 1, "isonet")
         for form in errors:
             grad = torch.empty(shape)
-            plan, waves, _ = small_layers.plan([layer], [(form, layer.units(form))])
+            plan, waves, _ = small_layers.kernel_arguments([layer], [(form, layer.units(form))])
             ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
             errors[form] += ((grad - exact).norm() / exact.norm()).item()
     assert errors["frequency"] <= errors["overlap"] < 1e-3
@@ -219,7 +219,7 @@ def arguments_of_the_op():
     weights = [random_weight((8, 6, 3, 3)), random_weight((5, 7))]
     layers = problem_of(weights, [(1, 1, 1, "isonet")] * 2).layers
     work = [(form, layer.units(form)) for layer, form in zip(layers, ("frequency", "overlap"))]
-    plan, waves, _ = small_layers.plan(layers, work)
+    plan, waves, _ = small_layers.kernel_arguments(layers, work)
     return weights, [torch.zeros_like(w) for w in weights], plan, waves, [1.0, 2.0], True
 
 

@@ -64,7 +64,7 @@ def empty(shape: Any, dtype: str, misaligned: bool = False) -> np.ndarray:
     return raw[start : start + size].view(NUMPY[dtype]).reshape(shape)
 
 
-class Case:
+class Inputs:
     """One extent, dtype and parameter dtype: inputs with ties, NaN and infinities, and what must come out."""
 
     def __init__(self, extent: tuple, dtype: str, parameter_dtype: str, misaligned: bool = False) -> None:
@@ -119,7 +119,7 @@ class Case:
         return f"{self.extent} {self.dtype}, parameters {self.parameter_dtype}{', misaligned' * self.misaligned}"
 
 
-def traffic(module: ModuleType, case: Case, reads: int, writes: int, workspace: int, what: str) -> None:
+def traffic(module: ModuleType, case: Inputs, reads: int, writes: int, workspace: int, what: str) -> None:
     """Inputs once, outputs once, partial sums once: an extra pass over a tensor cannot slip in."""
     counted = module.traffic()
     size = int(np.prod(case.extent)) * np.dtype(NUMPY[case.dtype]).itemsize
@@ -132,7 +132,7 @@ def traffic(module: ModuleType, case: Case, reads: int, writes: int, workspace: 
     assert counted["launches"] <= (2 if workspace else 1), f"{what} of {case}: {counted['launches']} launches"
 
 
-def check_srelu(module: ModuleType, case: Case) -> list[bytes]:
+def check_srelu(module: ModuleType, case: Inputs) -> list[bytes]:
     module.traffic()
     shape, parameters = (case.dtype, case.extent), (case.bias, case.parameter_dtype)
     x, y, g, grad_x = case.tensor(), case.new(), case.tensor(special=False), case.new()
@@ -152,7 +152,7 @@ def check_srelu(module: ModuleType, case: Case) -> list[bytes]:
     return [y.tobytes(), grad_x.tobytes(), grad_bias.tobytes()]
 
 
-def check_residual_srelu(module: ModuleType, case: Case) -> list[bytes]:
+def check_residual_srelu(module: ModuleType, case: Inputs) -> list[bytes]:
     shape, parameters = (case.dtype, case.extent), (case.bias, case.parameter_dtype)
     shortcut, branch, y, g = case.tensor(), case.tensor(special=False), case.new(), case.tensor(special=False)
     sv, hv = value(shortcut, case.dtype), value(branch, case.dtype)
@@ -195,8 +195,8 @@ def check(module: ModuleType, case: tuple) -> None:
     results = []
     for order in ORDERS:
         module.set_order(order)
-        results.append(check_srelu(module, Case(*case)) + check_residual_srelu(module, Case(*case)))
-        assert results[-1] == results[0], f"{Case(*case)}: the bits depend on the order of the threads"
+        results.append(check_srelu(module, Inputs(*case)) + check_residual_srelu(module, Inputs(*case)))
+        assert results[-1] == results[0], f"{Inputs(*case)}: the bits depend on the order of the threads"
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def test_partition_of_any_size(emulator: ModuleType, vector: int, sums: bool) ->
 @pytest.mark.parametrize("extent", [(2, 2, 9216), (1100, 64, 1)], ids=str)
 def test_the_first_block_takes_the_end_of_the_tensor(emulator: ModuleType, extent: tuple) -> None:
     """It reads what was written last and is still in the cache. One extent for each of the two kernels."""
-    case = checks.Case(extent, "bfloat16", "bfloat16")
+    case = checks.Inputs(extent, "bfloat16", "bfloat16")
     x, y = case.tensor(special=False), case.new()
     untouched = y.copy()
     emulator.set_blocks(1)

@@ -29,7 +29,7 @@ ENVIRONMENT = {  # as many threads each time: the same order of additions
 }  # fmt: skip
 
 
-Plan = dict[str, Any]  # of a fault: its name in `child`, the step that it starts with, and what it takes
+Injection = dict[str, Any]  # a fault: its name in `child`, the step that it starts with, and what it takes
 
 
 class Broken(AssertionError):
@@ -80,7 +80,7 @@ class Children:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT
         )
 
-    def run(self, arguments: Sequence[str], fault: Plan | None = None) -> Done:
+    def run(self, arguments: Sequence[str], fault: Injection | None = None) -> Done:
         self.count += 1
         trace, output = (self.scratch / f"{kind}-{self.count}" for kind in ("trace", "output"))
         plan = {"arguments": list(arguments), "trace": str(trace), "output": str(output), "faults": [fault]}
@@ -146,7 +146,7 @@ class Lab:
         return self.children.run(arguments, {"name": name, "step": self.rng.randint(2, most), **fault})
 
     def torchrun(
-        self, ranks: int, arguments: Sequence[str], faults: Sequence[Plan] = (), terminate: int | None = None
+        self, ranks: int, arguments: Sequence[str], faults: Sequence[Injection] = (), terminate: int | None = None
     ) -> Done:
         """Processes with a fault for each start of theirs; torchrun starts them again as often as there are faults.
         terminate: the step in which torchrun itself is sent SIGTERM."""
