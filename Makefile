@@ -50,9 +50,9 @@ wheel: $(READY)  ## dist/*.whl, with CUDA kernels for every architecture (with a
 # The -gpu targets need a GPU that PyTorch can use: without one they say so, and do nothing at all.
 GPU_TARGETS := $(filter test-gpu sanitize-gpu bench-gpu,$(MAKECMDGOALS))
 ifneq ($(GPU_TARGETS),)
-  OBSTACLE := $(shell $(PYTHON) tools/gpu_obstacle.py $(GPU_TARGETS) 2>/dev/null)
-  ifneq ($(OBSTACLE),none)
-    $(error $(or $(OBSTACLE),$(PYTHON) does not run))
+  WHY_NOT := $(shell $(PYTHON) tools/why_not_gpu.py $(GPU_TARGETS) 2>/dev/null)
+  ifneq ($(WHY_NOT),none)
+    $(error $(or $(WHY_NOT),$(PYTHON) does not run))
   endif
   MAKEFLAGS += --keep-going  # benchmarks are made after a failing test too; make still ends with an error
 endif

@@ -55,7 +55,7 @@ def executable(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
 
 
-def obstacle() -> str | None:
+def why_not() -> str | None:
     """Why the kernels cannot be built here, or None."""
     if os.environ.get("ISONET_FAST_KERNELS") == "0":
         return "ISONET_FAST_KERNELS=0"
@@ -106,7 +106,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)
-        reason = obstacle()
+        reason = why_not()
         if reason is None:
             for attempt in ["AUTO", "OFF"] if cuda() == "AUTO" else [cuda()]:  # an nvcc that does not work is no nvcc
                 try:

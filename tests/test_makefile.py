@@ -70,7 +70,7 @@ def pretended(tmp_path):
     """A Python for which there is a GPU, and whose parts fail where $FAILS matches their arguments."""
     log = tmp_path / "log"
     script = f"""case "$*" in
-*gpu_obstacle.py*) echo none; exit;;
+*why_not_gpu.py*) echo none; exit;;
 *xdist*) exit 1;;
 esac
 echo "$@" >> {log}

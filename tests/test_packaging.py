@@ -79,8 +79,8 @@ def test_a_build_without_cmake_names_it(monkeypatch):
     monkeypatch.delenv("ISONET_FAST_KERNELS", raising=False)
     monkeypatch.chdir(ROOT)
     names = runpy.run_path("setup.py")
-    names["obstacle"].__globals__["executable"] = lambda name: None if name == "cmake" else name
-    assert names["obstacle"]() == "cmake was not found"
+    names["why_not"].__globals__["executable"] = lambda name: None if name == "cmake" else name
+    assert names["why_not"]() == "cmake was not found"
 
 
 @pytest.mark.parametrize("version, field", [("65.5.0", "license"), ("77.0.3", "license_expression")])

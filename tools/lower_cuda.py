@@ -34,7 +34,7 @@ def accesses() -> dict[str, tuple[int, int]]:
 ACCESSES = accesses()
 
 
-def obstacle() -> str | None:
+def why_not() -> str | None:
     """Why nothing can be compiled here, or None."""
     if nvcc() is None:
         return "nvcc was not found"
@@ -60,7 +60,7 @@ def cuobjdump() -> str | None:
 
 def rows(architectures: tuple[int, ...] = ARCHITECTURES) -> tuple[list[dict], list[str]]:
     """One dict per kernel: kernel, arch, registers, shared, spills, loads_128, stores_128, tensor_core, async_loads."""
-    reason = obstacle()
+    reason = why_not()
     if reason:
         return [], [reason]
     jobs = [(source, arch) for arch in architectures for source in SOURCES]

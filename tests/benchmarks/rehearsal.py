@@ -168,7 +168,7 @@ def shrink(torch, folder):
 
 def main() -> int:
     arguments = sys.argv[1:]
-    if "gpu_obstacle.py" in arguments[0]:
+    if "why_not_gpu.py" in arguments[0]:
         print("none")
         return 0
     if arguments[0] != "-m" or not arguments[1].startswith("benchmarks."):

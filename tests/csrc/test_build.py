@@ -120,7 +120,7 @@ def test_kernels_are_hidden_and_compiled_for_every_architecture(tmp_path: pathli
         assert all(f"sm_{number}" in line for number in (75, 80, 86, 89, 90, 100, 120)) and "compute_80" in line
 
 
-@pytest.mark.skipif(lower_cuda.obstacle() is not None, reason=str(lower_cuda.obstacle()))
+@pytest.mark.skipif(lower_cuda.why_not() is not None, reason=str(lower_cuda.why_not()))
 def test_the_architectures_of_a_wheel_are_read_back(tmp_path: pathlib.Path) -> None:
     assert wheel_architectures.release() == wheel_architectures.listed(RELEASE.split(";"))
     assert {f"sm_{arch}" for arch in lower_cuda.ARCHITECTURES} == wheel_architectures.release()[0]

@@ -17,7 +17,7 @@ def test_every_kernel_passes_the_gates(arch: int) -> None:
     assert spec is not None and spec.loader is not None
     lower_cuda = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(lower_cuda)
-    reason = lower_cuda.obstacle()
+    reason = lower_cuda.why_not()
     if reason:
         pytest.skip(reason)
     rows, failures = lower_cuda.rows((arch,))

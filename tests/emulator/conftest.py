@@ -5,12 +5,12 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from emulator_build import ROOT, build, obstacle
+from emulator_build import ROOT, build, why_not
 
 
 @pytest.fixture(scope="session")
 def emulator_build() -> pathlib.Path:
-    reason = obstacle()
+    reason = why_not()
     if reason:
         pytest.skip(reason)
     return build(ROOT / "build" / "emulator")

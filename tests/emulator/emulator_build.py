@@ -26,7 +26,7 @@ def cuda_include() -> pathlib.Path | None:
     return next((path for path in candidates if (path / "cuda_bf16.h").exists()), None)
 
 
-def obstacle() -> str | None:
+def why_not() -> str | None:
     if not sys.platform.startswith("linux"):
         return "the emulator needs Linux"
     for tool in ("cmake", "g++"):

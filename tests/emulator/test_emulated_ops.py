@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from emulator_build import HERE, ROOT, build, obstacle
+from emulator_build import HERE, ROOT, build, why_not
 
 # Every op with kernels in csrc/ has tests of its name.
 OPS = sorted(path.name.removesuffix("_cuda.cu") for path in (ROOT / "csrc").glob("*_cuda.cu"))
@@ -22,7 +22,7 @@ SKIPS = ("no GPU", "no second GPU", "graphs and streams are CUDA's")  # what onl
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with a copy of the package whose kernels the emulator runs."""
-    if reason := obstacle():
+    if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("emulated")
     # A directory, and so a lock, of its own: the other tests of the emulator need not wait for this build.

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 
 import pytest
-from emulator_build import ROOT, build, obstacle, run_checks
+from emulator_build import ROOT, build, run_checks, why_not
 
 # name: (file, text in the source, its replacement)
 BUGS = {
@@ -50,7 +50,7 @@ def patch(path: pathlib.Path, old: str, new: str) -> None:
 
 @pytest.fixture(scope="session")
 def mutants() -> pathlib.Path:
-    reason = obstacle()
+    reason = why_not()
     if reason:
         pytest.skip(reason)
     directory = ROOT / "build" / "emulator_mutants"

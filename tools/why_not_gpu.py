@@ -1,4 +1,4 @@
-"""Why these targets of the Makefile can't run here, in one line; "none" if they can: `python gpu_obstacle.py test-gpu`.
+"""Why these targets of the Makefile can't run here, in one line; "none" if they can: `python why_not_gpu.py test-gpu`.
 
 The Makefile asks before it does anything else. A GPU is looked for last: what is not installed is the likelier cause.
 """
@@ -13,7 +13,7 @@ from collections.abc import Collection
 NEEDS_PYTEST = {"test-gpu", "sanitize-gpu"}
 
 
-def obstacle(targets: Collection[str]) -> str | None:
+def why_not(targets: Collection[str]) -> str | None:
     if importlib.util.find_spec("torch") is None:
         return f"PyTorch is not installed for {sys.executable}; choose another Python with PYTHON=..."
     if NEEDS_PYTEST & set(targets) and importlib.util.find_spec("pytest") is None:
@@ -36,4 +36,4 @@ def no_gpu() -> str | None:
 
 
 if __name__ == "__main__":
-    print(obstacle(sys.argv[1:]) or "none")
+    print(why_not(sys.argv[1:]) or "none")
