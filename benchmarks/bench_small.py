@@ -34,7 +34,7 @@ def compare(session: Session, channels: int, kernel: tuple[int, ...], stride: in
     (expected,) = torch.autograd.grad(reference.orthogonality_loss(exact, stride=stride), exact)
 
     def contender(form: str) -> Contender:
-        plan, waves, _ = small_layers.plan([layer] * COUNT, [(form, layer.units(form))] * COUNT)
+        plan, waves, _ = small_layers.kernel_arguments([layer] * COUNT, [(form, layer.units(form))] * COUNT)
 
         def run() -> None:
             _library.ops.orthogonality_small_(weights, grads, plan, waves, [1.0] * COUNT, False)
