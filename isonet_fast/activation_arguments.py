@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """A dense tensor of a dtype that the kernels know."""
+    """Raise TypeError unless `value` is a dense tensor of a dtype that the kernels know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout is not torch.strided or value.is_nested or value.dtype not in FLOATS:
@@ -83,7 +83,7 @@ def kernel_parameter(parameter: Tensor, x: Tensor) -> Tensor:
 
 def number(name: str, value: Any) -> float:
     """A real number of any kind (numpy's, a fraction, a tensor of one element), as a float."""
-    scalar, nested = value, isinstance(value, Tensor) and value.is_nested  # which has no shape
+    scalar, nested = value, isinstance(value, Tensor) and value.is_nested  # nested tensors have no shape
     if not nested and getattr(value, "shape", None) in ((), (1,)) and hasattr(value, "item"):
         scalar = value.item()
     if isinstance(scalar, (bool, complex)) or not isinstance(scalar, numbers.Number):
@@ -110,7 +110,7 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, or what Python takes for one of them."""
+    """The value as True or False, if Python takes it for one of them."""
     try:
         return bool(value)
     except (TypeError, ValueError, RuntimeError):  # arrays and tensors of several elements

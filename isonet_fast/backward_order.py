@@ -81,7 +81,7 @@ class _Synchronised:
         self.handle: Any = weight.register_post_accumulate_grad_hook(self._note)
 
     def _note(self, weight: Tensor) -> None:
-        synchronises = getattr(self._model, "require_backward_grad_sync", True)  # else one is still to come
+        synchronises = getattr(self._model, "require_backward_grad_sync", True)  # else that pass is to come
         self.version = weight._version if synchronises else None
 
 

@@ -107,7 +107,7 @@ def _trace(module: nn.Module, parent: nn.Module | None) -> fx.Graph:
 
 
 def _graph_module(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """With everything of `module` but its class: parameters, children, hooks and mode."""
+    """A graph module with everything of `module` except its class: parameters, children, hooks and mode."""
     new = fx.GraphModule(module, graph, type(module).__name__)
     kept = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
     new.__dict__.update({k: v for k, v in module.__dict__.items() if k in kept or "hook" in k})

@@ -53,7 +53,7 @@ def singular_values(conv: nn.Module, input_size: int | Sequence[int]) -> Tensor:
 
     input_size: an int or one per dimension, divisible by the stride and at least dilation * (k - 1) + 1. A linear layer
     ignores it. Raises TypeError for another module, for a weight that is parametrized, lazy, sparse, complex or without
-    values, and for sizes that are no ints, ValueError for a size that does not fit.
+    values, and for sizes that are no ints; ValueError for a size that does not fit.
 
     Examples:
         >>> conv = isonet_fast.OrthoConv2d(2, 2, 3)
@@ -153,8 +153,8 @@ def _line(name: str, shape: str, grid: str, low: str, middle: str, high: str, pe
 
 @torch.no_grad()
 def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types = ()) -> Report:
-    """Smallest, median and largest singular value, and the penalty, of every convolution and OrthoLinear: 1, 1, 1, 0 is
-    an isometry. `existence.isometry` says in the last column what the shape allows.
+    """Smallest, median and largest singular value, and the penalty, of every convolution and OrthoLinear. An isometry
+    has 1, 1, 1 and 0. `existence.isometry` says in the last column what the shape allows.
 
     input_size: (C, H, W) of one input. It determines the size of each layer's feature map, on which `singular_values`
     is computed. Larger maps are replaced by a grid of about 16 points per dimension, which samples the same spectrum.
@@ -162,7 +162,7 @@ def isometry_report(model: nn.Module, input_size: Sequence[int], include: Types 
     plain linear layers and transposed convolutions whose class is not in `include`, layers whose weight cannot be
     read, and layers that this input does not reach.
 
-    Raises TypeError for a model that is no module and for sizes that are no ints, ValueError for a model with lazy
+    Raises TypeError for a model that is no module and for sizes that are no ints; ValueError for a model with lazy
     layers that have no shape yet and for an input that it does not take.
 
     Examples:

@@ -14,7 +14,7 @@ from .geometry import Layer
 
 
 def isometry(layer: Layer, transposed: bool = False) -> str:
-    """In a few words, for the tables. First what the operator can be at best:
+    """What the shape allows, in a few words for the tables. First what the operator can be at best:
 
         rows            row-orthogonal, M <= C prod r: fewer outputs than inputs; it expands nothing and loses something
         columns         column-orthogonal, M >= C prod s: an isometry

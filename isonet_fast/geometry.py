@@ -2,7 +2,7 @@
 
 A unit is an offset between taps or a frequency, by the form in which the layer is computed (`Layer.form`).
 
-Everything here follows from shapes alone. The closed form and the kernel for small layers (`ops/`) and the tile plan of
+Everything here follows only from shapes. The closed form and the kernel for small layers (`ops/`) and the tile plan of
 the Triton kernels (`kernels/`) read it; the specification (`reference.py`) deliberately does not.
 """
 
@@ -23,7 +23,7 @@ Precision = Literal["highest"]  # None: as fast as the tolerances allow
 # A layer is small if neither its residual nor a tap has more elements. Beyond, a layer deserves more than the one
 # thread that the compiled kernel gives it, and matrix products are large enough to use several.
 SMALL = 128**2
-# By this factor a small layer must multiply less over frequencies, for they take more additions and transposes too.
+# A small layer must multiply less by this factor over frequencies, which also take more additions and transposes.
 # Measured with the compiled kernel on an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take 1.04 times the
 # time, 12 channels multiply 1.29 times less and take 1.04 times less time (docs/benchmarks.md).
 SMALL_FACTOR = 1.2
@@ -136,7 +136,7 @@ class Layer:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """Per dimension, what every t in T is a multiple of: s_i / gcd(e_i, s_i)."""
+        """Per dimension, the number of which every t in T is a multiple: s_i / gcd(e_i, s_i)."""
         return tuple(s // math.gcd(e, s) for _, s, e in zip(self.kernel, self.stride, self.dilation, strict=False))
 
     @cached_property
@@ -205,7 +205,7 @@ class Layer:
         return "frequency" if saves and self.taps and self._phases == 1 and not self.thin else "overlap"
 
     def units(self, form: str) -> tuple[tuple[int, ...], ...]:
-        """Offsets or frequencies: what can be computed apart, and adds up."""
+        """Offsets or frequencies: each can be computed by itself, and their results add up."""
         return self.offsets if form == "overlap" else self.frequencies
 
     def work(self, form: str, unit: tuple[int, ...], gradient: bool = True) -> int:
@@ -221,7 +221,7 @@ class Layer:
         return square * wide * (2 + 3 * gradient) + 2 * wave * (1 + gradient)  # cosine and sine, there and back
 
     def triton_work(self, form: str, unit: tuple[int, ...]) -> float:
-        """`work` of the Triton kernels, which multiply half of G_0, for it is symmetric."""
+        """`work` of the Triton kernels, which multiply half of G_0, because it is symmetric."""
         return self.work(form, unit) * (0.75 if form == "overlap" and not any(unit) else 1)
 
     def multiplications(self, form: str, gradient: bool = True) -> int:
@@ -234,9 +234,9 @@ def split_work(
     """The units of each layer that rank `index` of `count` computes, balanced by what they cost.
 
     A unit costs its multiplications; for the Triton kernels the first unit of a layer on a rank also costs the layer's
-    packing and writing. The unit with the most multiplications first, each to the rank that then has the least cost:
-    the same split on every rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms` units
-    are offsets.
+    packing and writing. Each unit goes to the rank that then has the least cost, the one with the most multiplications
+    first: the same split on every rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms`
+    units are offsets.
     """
     forms = forms or ["overlap"] * len(layers)
     if count == 1:

@@ -75,7 +75,7 @@ def _arrange(described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtyp
         for n, shape, strides in members:
             slots[n] = GradientSlot(len(regions), tuple(shape), strides, at, at - start)
             at += -(-math.prod(shape) // 64) * 64  # whole cache lines: 16-byte stores
-        if members:  # empty ones too have a buffer to be views of
+        if members:  # empty gradients are views of a buffer too
             regions.append((dtype, start, at))
     return GradientLayout(at, [slots[n] for n in range(len(described))], regions)
 

@@ -31,13 +31,13 @@ LINEAR, ADJOINT, NONE = "linear, not in include", "transposed, not in include", 
 LAZY = "lazy, without a shape yet"
 QUANTISED = "quantised"
 PARAMETRIZED = "parametrized"
-WEIGHT = " weight"  # what kind of weight precedes it
+WEIGHT = " weight"  # ends a reason, after the kind of weight
 
 
 def official_filter(name: str, module: nn.Module) -> bool:
-    """What the official network penalises: not a 7x7 kernel, not three input channels.
+    """Whether the official network penalises a layer: any but 7x7 kernels and layers of three input channels.
 
-    A transposed convolution is judged by the convolution whose weight it shares, so three outputs leave it out.
+    A transposed convolution is judged by the convolution whose weight it shares, so one with three outputs is left out.
 
     Examples:
         >>> stem, later = nn.Conv2d(3, 64, 7), nn.Conv2d(64, 64, 3)
@@ -60,18 +60,18 @@ def types(include: Any) -> tuple[type[nn.Module], ...]:
 
 
 def weight_of(module: nn.Module) -> nn.Parameter | None:
-    """The Parameter itself, None where it is parametrized; never computed, as `module.weight` might be."""
+    """The Parameter itself, None if it is parametrized. It is never computed, as `module.weight` might be."""
     return module._parameters.get("weight")
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...]:
-    """The shape of its weight; () where it has none of its own, or none yet."""
+    """The shape of the module's weight; () if it has none of its own, or none yet."""
     weight = weight_of(module)
     return () if weight is None or is_lazy(weight) else tuple(weight.shape)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether it can be read: not on the meta device, and not fake."""
+    """Whether the tensor can be read: it is not on the meta device, and not fake."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -101,7 +101,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Whether it is a quantised layer. The classes are slow to import. If nobody did, no such layer exists."""
+    """Whether it is a quantised layer. The classes are slow to import; if nobody has imported them, there is none."""
     quantised = sys.modules.get("torch.ao.nn.quantized.modules.utils")
     return quantised is not None and isinstance(module, quantised.WeightedQuantizedModule)
 
@@ -148,7 +148,7 @@ def overridden(module: nn.Module, include: Types = ()) -> str:
 
 
 def warn(message: str) -> None:
-    """A warning that points at the line outside this package that led to it."""
+    """Warn, and point at the line outside this package that led to the warning."""
     package, level, frame = __name__.partition(".")[0], 2, sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1

@@ -67,7 +67,7 @@ def check_precision(precision: Any) -> None:
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """A tensor of memory and strides, of a dtype that the penalty is computed for."""
+    """Raise unless the tensor has memory and strides, and a dtype that the penalty is computed for."""
     if tensor.is_nested:
         raise TypeError(f"{name} must be dense, got a nested tensor")
     if tensor.layout != torch.strided:
@@ -80,7 +80,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 
 
 def check_gradients(grads: Iterable[Tensor]) -> None:
-    """Tensors that a gradient can be added to in place: dense, floating-point, no two elements in one place."""
+    """Raise unless a gradient can be added to all in place: dense, floating-point, no two elements in one place."""
     for grad in grads:
         name = f"the .grad of the weight of shape {tuple(grad.shape)}"
         check_dense(name, grad)

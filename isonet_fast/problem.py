@@ -1,8 +1,8 @@
-"""What the penalty of a list of weights computes: one form from `OrthoRegularizer` to the kernels' tables.
+"""Describes the penalty of a list of weights, in one form from `OrthoRegularizer` to the kernels' tables.
 
 A `Problem` says everything but the values of the weights. Ops take its text, because an operator's schema has no room
-for an object; `read` gives the object back. Whoever computes a problem keeps the tables that it needs in it, so they
-live as long as the problem does.
+for an object; `read` gives the object back. Code that computes a problem keeps its tables in the problem, so they
+live as long as it does.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Problem:
 
 @functools.lru_cache(maxsize=64)
 def read(text: str, shapes: tuple[tuple[int, ...], ...]) -> Problem:
-    """The problem of this `Problem.text`, for weights of these shapes. Equal questions give the same object."""
+    """The problem of this `Problem.text`, for weights of these shapes. Equal arguments give the same object."""
     fields = json.loads(text)
     layers = [
         Layer(tuple(shape), tuple(stride), tuple(dilation), groups, penalty)

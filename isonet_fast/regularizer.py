@@ -153,8 +153,8 @@ class OrthoRegularizer:
         return weight is not None and (module in self._sharded or not unfit(weight))
 
     def _current(self, module: nn.Module) -> nn.Parameter:
-        """The weight as it is now. Between forward and backward FSDP2 may have a gathered copy in a shard's place, in
-        low precision; then the shard."""
+        """The weight as it is now. Between forward and backward FSDP2 may have put a gathered copy in low precision in
+        the place of the shard; then this is the shard."""
         weight = weight_of(module)
         assert weight is not None
         if is_sharded(weight) and module not in self._sharded:
@@ -164,8 +164,8 @@ class OrthoRegularizer:
     def _gather(self) -> Gathered:
         """The weights as they are now, each Parameter once, what to compute for them, and how they are sharded.
 
-        While the modules hold the same Parameters of the same shapes, the answer of last time: on a GPU the host's time
-        per call counts.
+        While the modules hold the same Parameters of the same shapes, the last answer is returned, because on a GPU the
+        host's time per call counts.
         """
         if self._selection.changed():
             self._select()
@@ -342,8 +342,8 @@ class OrthoRegularizer:
 
 
 def _grads(weights: list[nn.Parameter]) -> list[Tensor]:
-    """Every weight's `.grad`, made where there is none. A frozen weight counts only in the value. Its
-    gradient goes to a buffer that nobody sees, and a `.grad` from before it was frozen stays as it is."""
+    """Every weight's `.grad`, made where there is none. A frozen weight counts only in the value. Its gradient goes to
+    a buffer that nobody sees, and a `.grad` from before it was frozen stays as it is."""
     grads = [weight.grad if weight.requires_grad else None for weight in weights]
     if any(grad is None for grad in grads):
         check_gradients(grad for grad in grads if grad is not None)  # before any is made

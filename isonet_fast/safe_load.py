@@ -22,7 +22,7 @@ Where = str | os.PathLike[str]
 
 
 def read_checkpoint(path: Where) -> Any:
-    """What a checkpoint file holds, on the CPU; of a .safetensors file the dict of its tensors.
+    """What a checkpoint file holds, on the CPU; for a .safetensors file the dict of its tensors.
 
     A pickle is read with weights_only=True: one that would run code is refused and runs nothing. Raises ValueError
     that says why the file is refused or what it is instead, OSError for a file that is absent or cannot be opened.
@@ -66,8 +66,8 @@ def import_safetensors() -> Any:
 def weights_in(contents: Any, path: Where) -> dict[str, Tensor]:
     """The weights in what `read_checkpoint` returned, under plain names (see `plain_names`).
 
-    contents: a state_dict, or a dict that holds one under one of SECTIONS; whatever lies beside it is left alone.
-    Raises ValueError that lists what was found where this is none of them.
+    contents: a state_dict, or a dict that holds one under one of SECTIONS; whatever lies beside it is ignored.
+    Raises ValueError for anything else, and lists what was found.
     """
     sections = [key for key in SECTIONS if isinstance(contents, Mapping) and isinstance(contents.get(key), Mapping)]
     if len(sections) > 1:
@@ -137,7 +137,7 @@ def _refusal(path: Where, reason: str) -> str:
 
 
 def _is_torch_file(path: Where) -> bool:
-    """Whether it begins as torch.save has it begin: a ZIP archive, or the number of its former format in a pickle."""
+    """Whether it begins as files of torch.save do: as a ZIP archive, or a pickle with its former format's number."""
     with open(path, "rb") as file:
         start = file.read(3)
     return start.startswith(b"PK") or (start[:1] == b"\x80" and start[2:] == b"\x8a")
@@ -154,7 +154,7 @@ _BEGINNINGS = {
 
 
 def _looks_like(path: Where) -> str:
-    """What a file is that is no checkpoint, in words, by its first bytes."""
+    """In words, what a file that is no checkpoint is, by its first bytes."""
     with open(path, "rb") as file:
         start = file.read(512)
     if not start:

@@ -1,4 +1,4 @@
-"""Triton kernels for the orthogonality penalty. Importable without Triton; `why_not` says why it can't serve."""
+"""Triton kernels for the orthogonality penalty. Importable without Triton; `why_not` says why they can't serve."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _probe(device: torch.device) -> str | None:
 
 
 def _launch(device: torch.device) -> str | None:
-    """Loss and gradient of random layers that need every tile size, walk several taps and chunks, and read R transposed
-    too, against their definition: a compiler's mistake shows in some of these and in nothing smaller."""
+    """Check loss and gradient of random layers against their definition. The layers need every tile size, several taps
+    and chunks, and R transposed: a compiler's mistake shows in some of these and in nothing smaller."""
     from . import orthogonality
 
     layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in PROBED)

@@ -3,7 +3,7 @@
     dL/dA_u = 2 * sum over v with v - u in T of R_{v-u} A_v,        R_{-t} = R_t^T
 
 One program per tile of one dL/dA_u: a loop over the offsets that are stored, then one over those that are read
-transposed. Scaled by 2 * coefficient * grad_output, and stored through the layer's view, in its own layout.
+transposed. The tile is scaled by 2 * coefficient * grad_output, and stored through the layer's view, in its own layout.
 """
 
 # mypy: allow-untyped-defs
@@ -37,8 +37,8 @@ from .split_k import SPLIT_COLUMNS, add_pieces, store_piece
 
 # One row per tile of one dL/dA_u, or per piece of a tile. `row`, `column`, `block` and `tap` say where it is stored.
 # The runs from `first_run` on read R as it is stored, at `r_row` of `residual`, those from `middle_run` to `last_run`
-# read it transposed, at `t_row` and `t_column`; those of a piece are a part of its tile's. A begins at `a_row` and
-# `a_column` of `planes`. `contracted` rows of A are summed over. split_k.py tells of the last four.
+# read it transposed, at `t_row` and `t_column`; a piece has a part of its tile's. A begins at `a_row` and
+# `a_column` of `planes`. `contracted` rows of A are summed over. split_k.py describes the last four.
 GRAD = int32_columns(
     "layer block row column tap first_run middle_run last_run r_row t_row t_column a_row a_column panel_rows "
     "contracted " + SPLIT_COLUMNS,
@@ -76,12 +76,12 @@ RUN_A_LINE = field(RUN, "a_line")
 RUN_A_TAP = field(RUN, "a_tap")
 
 
-@triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it can be any element of a tensor
+@triton.jit(do_not_specialize_on_alignment=["grad_output"])  # it may be any element of a tensor
 def grad_kernel(
     residual,  # (rows, RESIDUAL_PANEL): boxes of (ROWS, DEPTH), or a pointer
     residual_t,  # the same tensor: boxes of (DEPTH, ROWS)
     hi,  # (rows, PANEL): boxes of (DEPTH, COLUMNS)
-    out,  # float32: what the views' addresses are relative to, unless they are added to
+    out,  # float32: where the gradients go, unless ACCUMULATE; the views' addresses are relative to it
     parts,  # float32 (parts, ROWS, COLUMNS): pieces of tiles, see split_k.py
     arrivals,  # int32, 0
     tiles,  # int32 (tiles, GRAD_WIDTH)
@@ -237,7 +237,7 @@ def _finish(
 def _store(at, values, mask, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
     """Every element of a gradient is in one tile and is added to once: atomics too give the same bits each time.
 
-    Their result is not used: the addition is sent to the cache, and nothing comes back to wait for.
+    The result of an atomic is not used, so the addition is sent to the cache and nothing comes back to wait for.
     """
     if ACCUMULATE and REDUCE:
         tl.atomic_add(at, values, mask, sem="relaxed")
@@ -251,7 +251,7 @@ def _store(at, values, mask, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
 def _store_whole(
     acc, at, step, ROWS_FIRST: tl.constexpr, ALIGNED: tl.constexpr, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr
 ):
-    """A tile of float32 inside the matrix, contiguous along one side: 16 bytes at a time where `at` and `step` are
+    """Store a float32 tile inside the matrix, contiguous along one side: 16 bytes at a time where `at` and `step` are
     known to be ALIGNED to them, else 4, neighbours side by side."""
     if ACCUMULATE and acc.shape[1] > 64:  # else what is loaded would not fit the registers beside the tile
         left, right = acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
@@ -269,7 +269,7 @@ def _store_whole(
 
 @triton.jit
 def _store_any(acc, address, start, block, row, column, view, ACCUMULATE: tl.constexpr, REDUCE: tl.constexpr):
-    """Any strides, merged groups, tiles that stick out; 32 columns at a time, else the addresses would spill.
+    """Store with any strides, merged groups, or beyond an edge; 32 columns at a time, else the addresses would spill.
 
     Offsets inside a weight fit 32 bits (tables.py checks).
     """

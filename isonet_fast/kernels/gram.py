@@ -20,7 +20,7 @@ from .split_k import SPLIT_COLUMNS, add_pieces, store_piece
 # pair is in rows `a_row` and `b_row` of `planes`, and a step along each side is so many rows further. `columns` are
 # contracted, a chunk per step; a piece is steps `first` to `last`. `out` and `mirror` are the places of the tile and of
 # its transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal entries; the tile's
-# square sum counts `halves` times one half. split_k.py tells of the last four.
+# square sum counts `halves` times one half. split_k.py describes the last four.
 GRAM = int32_columns(
     "partial layer a_row b_row first last depth height width depth_step height_step width_step panel_rows columns "
     "out_row out_column mirror_row mirror_column ones halves " + SPLIT_COLUMNS,
@@ -72,7 +72,7 @@ def _rows(plane, row, column, inside, TMA: tl.constexpr):
 
 @triton.jit
 def _finish_tile(acc, tile, residual, partials, BLOCK: tl.constexpr, SAVE: tl.constexpr):
-    """What is done with a tile of G_t: its square sum, and R_t for a backward."""
+    """Store the square sum of a tile of R_t, and the tile itself for a backward."""
     r = tl.arange(0, BLOCK)
     c = tl.arange(0, BLOCK)
     ones = tl.load(tile + TILE_ONES)
@@ -118,7 +118,7 @@ def gram_kernel(
     width_step = tl.load(tile + TILE_WIDTH_STEP)
     panel_rows = tl.load(tile + TILE_PANEL_ROWS)
     chunks = tl.load(tile + TILE_COLUMNS) // CHUNK
-    # `last` is never the larger. With a number from memory as the loops' bound, ptxas runs out of registers on sm_80
+    # `last` is the smaller. With a number from memory as the loops' bound, ptxas runs out of registers on sm_80
     last = tl.minimum(tl.load(tile + TILE_LAST), depth * height * width * chunks)
     r = tl.arange(0, BLOCK)
     k = tl.arange(0, CHUNK)
@@ -136,7 +136,7 @@ def gram_kernel(
         acc += acc_hl + acc_hl.T
     else:
         acc_lh = tl.zeros((BLOCK, BLOCK), tl.float32)
-        # One flat loop: around an inner one, Blackwell would carry all three accumulators in registers
+        # One flat loop: with a loop inside, Blackwell would carry all three accumulators in registers
         for it in tl.range(first, last):
             row, column = _place(it, chunks, height, width, depth_step, height_step, width_step, panel_rows, CHUNK)
             a_hi = _rows(hi, a_row + row, column, inside, TMA)

@@ -14,7 +14,7 @@ class Launches:
     """The compiled kernels of one plan on one device.
 
     A key stands for one kernel, its meta-parameters, and everything about its arguments that Triton compiles for:
-    dtypes, which are None, pointers aligned to 16 bytes or not.
+    dtypes, which ones are None, which pointers are aligned to 16 bytes.
     """
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ RESIDUAL_PANEL = tl.constexpr(128)  # columns of `residual`: the highest gradien
 
 VIEW = np.dtype(  # strides count elements
     [
-        ("address", np.int64),  # in bytes; of a gradient in a flat buffer relative to the buffer's
+        ("address", np.int64),  # in bytes; for a gradient in a flat buffer, relative to the buffer
         ("group_stride", np.int64),
         ("row_stride", np.int64),
         ("column_stride", np.int64),

@@ -44,7 +44,7 @@ def tables_of(problem: Problem, device: torch.device) -> Tables:
 
 
 def variant(device: torch.device, precision: str | None) -> str:
-    """Descriptors need Hopper's or data-centre Blackwell's copy engine and shared memory."""
+    """The name of the variant: descriptors need Hopper's or data-centre Blackwell's copy engine and shared memory."""
     if precision == "highest":
         return "highest"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
@@ -61,8 +61,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`.
 
-    The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for it before it
-    goes on without these tensors, whose memory is its own. `split_k` is what a gradient that follows will use too.
+    The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for that stream
+    before these tensors are freed: their memory is the caller's. A gradient that follows uses the same `split_k`.
     """
     tables = tables_of(problem, weights[0].device)
     plan, device, launch = tables.plan, tables.device, tables.launches
@@ -192,12 +192,12 @@ def _grad(
     tables: Tables, saved: Sequence[Tensor], split_k: tuple[Tensor, Tensor], view: Tensor,
     flat: Tensor | None = None, grad_output: Tensor | None = None, scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Into `flat` (times grad_output), or added to what the view points at (times scale)."""
+    """Write the gradient into `flat` (times grad_output), or add it to what the view points at (times scale)."""
     plan = tables.plan
     hi, residual = saved
 
     def launch(made: dict[GradTile, Tensor], out: Tensor | None, *rest: Any) -> None:
-        """Per tile size, with `rest` of the kernel's arguments."""
+        """One launch per tile size; `rest`: the last of the kernel's arguments."""
         for tile, table in made.items():
             arguments = (
                 _plane(residual, [tile.rows, tile.depth], plan), _plane(residual, [tile.depth, tile.rows], plan),

@@ -1,4 +1,4 @@
-"""Where every layer lies in the device's matrices, from shapes alone.
+"""Where every layer lies in the device's matrices. It follows only from shapes.
 
     planes    (plane_rows, PANEL): every layer's and group's matrices that are multiplied, as panels of PANEL columns
         row = layer base + ((block * planes + u) * panels + n // PANEL) * padded + m
@@ -83,7 +83,7 @@ class Packed:
 
     @cached_property
     def parts(self) -> int:
-        """Frequencies, whose planes lie together; over offsets all taps do."""
+        """How many sets of planes a block has: one for each frequency, or over offsets one of all taps."""
         return len(self.units) if self.by_frequency else 1
 
     @cached_property
@@ -117,7 +117,7 @@ class Packed:
         return self.layer.overlap(unit)
 
     def factors(self, index: int) -> tuple[int, int, tuple[int, int, int]]:
-        """The first of these pairs, planes of a block, and the box that all of them fill."""
+        """The first pair of planes for the residual of unit `index`, and the box that all its pairs fill."""
         unit = self.units[index]
         if self.by_frequency:  # C P^T + S N^T, or C C^T
             first = index * len(WAVES)
@@ -151,7 +151,7 @@ class Packed:
 
 
 def pack_layers(problem: Problem) -> list[Packed]:
-    """Every layer after the one before it, with what this rank computes."""
+    """Place the layers one after the other, with the units that this rank computes."""
     packed: list[Packed] = []
     plane = residual = 0
     fast = problem.precision is None
@@ -172,8 +172,8 @@ def pack_layers(problem: Problem) -> list[Packed]:
 
 
 def _suits_wide(p: Packed) -> bool:
-    """Whether tiles of 128 rows serve this layer better than 64: those read twice as many bytes per multiply-add, 1.5
-    times their price where the L2 cache is the limit."""
+    """Whether tiles of 128 rows serve this layer better than 64. Tiles of 64 read twice as many bytes per multiply-add,
+    which costs 1.5 times as much where the L2 cache is the limit."""
     return pad(p.rows, 128) ** 2 <= 1.5 * pad(p.rows, 64) ** 2
 
 

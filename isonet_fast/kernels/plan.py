@@ -1,4 +1,4 @@
-"""The tile plan: which program computes which tile of which layer, from shapes alone, in numpy on the host.
+"""The tile plan: which program computes which tile of which layer. It follows only from shapes, in numpy.
 
 The tables' columns are described beside the kernels that read them (`pack.PACK`, `transform.PATCH`, `gram.GRAM`,
 `grad.GRAD`, `grad.RUN`), the matrices that they point into in packed.py. Each gram tile also has one float32 in
@@ -62,7 +62,7 @@ class Plan:
     residual_shape: tuple[int, int]
     pack_tiles: np.ndarray
     spectrum: Spectrum
-    partial_ranges: np.ndarray  # of each layer its first partial, and how many
+    partial_ranges: np.ndarray  # each layer's first partial, and how many it has
     gram_parts: int  # pieces of the tiles that are split: split_k.py
     grad_parts: int
     arrivals: int  # tiles that are split
@@ -130,13 +130,13 @@ class Plan:
         return [next(g for g in self.variant.gram if p.wide or g.block == ROW_BLOCK) for p in self.packed]
 
     def _gram_products(self, side: int, t: Unit) -> int:
-        """Products of tiles for a residual of side x side tiles. On the diagonal of a symmetric one, of the unit 0, two
-        of them are transposes."""
+        """Products of tiles for a residual of side x side tiles. A symmetric residual (unit 0) needs one triangle,
+        and on its diagonal two products are each other's transposes."""
         products = self.variant.products
         return products * (side**2 if any(t) else side * (side + 1) // 2) - (products // 3 * side if not any(t) else 0)
 
     def _choose_grad(self) -> list[GradTile]:
-        """The tile of least work for each layer; one for all of a form, which has launches of its own, where a second
+        """The tile of least work for each layer. The layers of one form share a tile, and so a launch, if a second
         launch would save less than it costs."""
         tiles = self.variant.grad
         work = [
@@ -212,7 +212,7 @@ class Plan:
                 self.gram_tiles[tile] = _longest_last_layers_first(table, time, planes)
 
     def _in_pieces(self, table: np.ndarray, cut: Pieces, parts: int) -> tuple[np.ndarray, int]:
-        """A row for each piece, what `add_pieces` reads of it, and the parts so far with these."""
+        """The table with a row for each piece, for `add_pieces`, and the number of parts so far with these."""
         table = table[cut.row]
         split, starts = cut.pieces > 1, (cut.pieces > 1) & (cut.piece == 0)
         table["pieces"], table["piece"] = cut.pieces, cut.piece
@@ -222,7 +222,7 @@ class Plan:
         return table, parts + int(split.sum())
 
     def _gram_rows(self, n: int) -> np.ndarray:
-        """Units of the most products first."""
+        """The rows of layer n, the units with the most products first."""
         p = self.packed[n]
         longest_first = sorted(enumerate(p.units), key=lambda it: -p.pairs(it[1]))
         return joined([self._gram_rows_at(n, index, t) for index, t in longest_first], GRAM)
@@ -285,7 +285,7 @@ class Plan:
         return _longest_last_layers_first(table, time, read)
 
     def _grad_rows(self, n: int, runs: list, known: dict[tuple, list[tuple[int, int, int]]]) -> np.ndarray:
-        """Of each tap; or of C and S of each frequency, which the kernel takes for a block with two taps."""
+        """Rows for each tap, or for C and S of each frequency, which the kernel takes for a block with two taps."""
         p, tile = self.packed[n], self._grad_tile[n]
         block, part, tap, row, column = product(
             range(p.blocks),
@@ -303,7 +303,7 @@ class Plan:
         if key not in known:
             known[key] = append_wave_runs(p, runs) if p.by_frequency else append_tap_runs(p, runs)
         first, middle, last = np.array(known[key], np.int64).reshape(-1, 3)[kind].T
-        some = first < last  # of a share of the work, a tap can have none
+        some = first < last  # if the work is split, a tap can have no runs here
         block, part, tap, row, column, first, middle, last = (
             x[some] for x in (block, part, tap, row, column, first, middle, last)
         )
@@ -373,7 +373,7 @@ class Plan:
 
 
 def _cut_runs(table: np.ndarray, cut: Pieces, runs: list[tuple[int, ...]]) -> None:
-    """Runs of their own for the pieces of a tile; equal tiles of a tap share them."""
+    """Give each piece of a tile runs of its own; equal pieces of a tap share them."""
     known: dict[tuple[int, ...], tuple[int, int, int]] = {}
     names = ["first_run", "middle_run", "last_run"]
     for n in np.flatnonzero(cut.pieces > 1):
@@ -386,7 +386,7 @@ def _cut_runs(table: np.ndarray, cut: Pieces, runs: list[tuple[int, ...]]) -> No
 
 
 def _longest_last_layers_first(table: np.ndarray, time: np.ndarray, nbytes: dict[int, int]) -> np.ndarray:
-    """Tiles of the last layers in the order of their length, as many layers as the L2 cache holds together.
+    """Sort the tiles of the last layers by length, longest first, of as many layers as the L2 cache holds together.
 
     What starts last should be short, so that multiprocessors end together. Among all layers, that order would read the
     same rows from memory again and again.

@@ -1,7 +1,7 @@
 """What the gradient of one tap contracts, as rectangles of taps that the kernel walks with arithmetic.
 
 The half of T that is needed is in lexicographic order, so for whole layers an offset's index is affine in the taps and
-one run serves each of the kernel's loops. A table read in them would cost a pipeline stage.
+one run serves each of the kernel's loops. Reading a table inside a loop would cost a pipeline stage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .packed import WAVES, Packed
 def append_tap_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
     """Append what the gradient of every tap contracts, rows of `grad.RUN`.
 
-    Returns of each tap the first run, the first transposed one, and the one after the last.
+    Returns for each tap its first run, its first transposed run, and the one after its last.
     """
     ranges = []
     for u in itertools.product(*map(range, p.kernel)):
@@ -24,7 +24,7 @@ def append_tap_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, i
 
 
 def append_wave_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
-    """The same of D_C and D_S (transform.py), of w = 0 and of any other frequency: their planes are all near."""
+    """The same for D_C and D_S (transform.py), at w = 0 and at any other frequency. Their planes lie together."""
     c, _, p_, n, minus_n = ((0, 1, 1, 0, 0, 0, plane * p.tap_rows, 0, 0) for plane in range(len(WAVES)))
     contracted: list[tuple[list, list]] = [([c], []), ([], []), ([p_], [minus_n]), ([n], [p_])]
     return [_append(direct, transposed, runs) for direct, transposed in contracted]
@@ -39,7 +39,7 @@ def _append(direct: list, transposed: list, runs: list[tuple[int, ...]]) -> tupl
 def append_part(
     runs: list[tuple[int, ...]], first: int, middle: int, last: int, begin: int, end: int
 ) -> tuple[int, int, int]:
-    """Append what pairs `begin` to `end` of these runs contract, counted through; returns their bounds as
+    """Append runs for the pairs `begin` to `end` of these runs, counted from the first run on. Returns bounds as
     `append_tap_runs` does."""
     bounds = [len(runs)]
     for some in (range(first, middle), range(middle, last)):
@@ -53,7 +53,7 @@ def append_part(
 
 
 def _is_whole(p: Packed) -> bool:
-    """All offsets are here and lie in a plane: one run serves each direction."""
+    """Whether all offsets are here and lie in a plane, so that one run serves each direction."""
     return p.units == p.layer.offsets and p.kernel[0] == 1
 
 
@@ -76,7 +76,7 @@ def _whole_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
 
 
 def _partial_runs(p: Packed, u: tuple[int, ...]) -> tuple[list, list]:
-    """Any subset of the offsets, any dimension: maximal arithmetic progressions."""
+    """Runs for any subset of the offsets, in any dimension: maximal arithmetic progressions."""
     _, ky, kx = p.kernel
     found: tuple[list, list] = ([], [])
     for index, t in enumerate(p.units):

@@ -51,7 +51,7 @@ def plan_spectrum(packed: Sequence[Packed], tiles: Sequence[GradTile], order: Se
 
 
 def _place(view: np.void, p: Packed, address: int, length: int) -> None:
-    """D of one layer: frequencies for groups, cosine and sine for taps, whole tiles of contiguous columns."""
+    """Describe D of one layer: frequencies count as groups, C and S as taps; whole tiles of contiguous columns."""
     plane = p.padded * length
     view["address"], view["group_stride"], view["row_stride"], view["column_stride"] = address, 2 * plane, length, 1
     view["tap_strides"][2], view["kernel"] = plane, (1, 2)

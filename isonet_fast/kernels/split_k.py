@@ -1,7 +1,7 @@
 """Split-K: sums of tiles that are split between programs, so that no program takes longer than its share of a launch.
 
 Each program stores its piece in `parts` and counts it in `arrivals`; the one that counts last adds the pieces up, in
-their order, and finishes the tile. So a tile has the same bits whichever program that is, and none waits for another.
+their order, and finishes the tile. So the bits do not depend on which program is last, and none waits for another.
 """
 
 # mypy: allow-untyped-defs
@@ -19,7 +19,7 @@ import triton.language as tl
 from .layout import field, int32_columns
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-SHARES = np.linspace(1.4, 0.4, 21)  # of the time that all tiles take together: lengths of pieces to try
+SHARES = np.linspace(1.4, 0.4, 21)  # lengths of pieces to try, relative to the time of all tiles together
 
 # Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
 # begin, and where in `arrivals` they are counted.
@@ -33,7 +33,7 @@ ARRIVAL = field(SPLIT, "arrival")
 
 @triton.jit
 def store_piece(acc, parts, arrivals, columns):
-    """Store the piece that SPLIT_COLUMNS, at `columns`, tell of. Whether it is the last one of its tile to come."""
+    """Store the piece that SPLIT_COLUMNS at `columns` describe; whether it is the last of its tile to arrive."""
     r = tl.arange(0, acc.shape[0])
     c = tl.arange(0, acc.shape[1])
     part = (tl.load(columns + FIRST_PART) + tl.load(columns + PIECE)).to(tl.int64) * (acc.shape[0] * acc.shape[1])
@@ -56,7 +56,7 @@ def add_pieces(parts, columns, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WI
 
 
 class Pieces(NamedTuple):
-    """Rows of a table, some of them several times."""
+    """Rows of a table cut into pieces: `piece` of `pieces` of `row` is its steps `first` to `last`."""
 
     row: np.ndarray
     piece: np.ndarray
@@ -72,7 +72,7 @@ class Pieces(NamedTuple):
 
 
 def cut(steps: np.ndarray, most: np.ndarray) -> Pieces:
-    """Sums of so many steps, cut into pieces of at most so many."""
+    """Sums of `steps` steps, cut into pieces of at most `most` steps."""
     pieces = -(-steps // most)
     row = np.repeat(np.arange(len(steps)), pieces)
     piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -81,8 +81,8 @@ def cut(steps: np.ndarray, most: np.ndarray) -> Pieces:
 
 
 def balanced(steps: np.ndarray, step: np.ndarray, tile: float, part: float) -> Pieces:
-    """Whole sums, if none takes longer than all take together on the multiprocessors; else the pieces that end first,
-    of those that some share of that time, or some part of the longest, allows."""
+    """Whole sums, if none takes longer than all take together on the multiprocessors. Else several lengths are tried,
+    shares of that time and parts of the longest sum, and the pieces that end first are taken."""
     whole = cut(steps, steps)
     time = whole.times(step, tile, part)
     together = time.sum() / MULTIPROCESSORS

@@ -44,7 +44,7 @@ class DeviceArrays:
             self._sent = torch.cuda.Event()
 
     def add(self, array: np.ndarray) -> Tensor:
-        """The copy. Named columns become those of a matrix."""
+        """The copy of an array. Its named columns become those of a matrix."""
         host = torch.from_numpy(_numbers(array))
         if self._device.type == "cuda":
             self._tensors.append(host.pin_memory().to(self._device, non_blocking=True))
@@ -114,7 +114,7 @@ class Tables(DeviceArrays):
     device: torch.device
     unsplit: tuple[Tensor, Tensor]
     launches: Launches
-    aside: torch.cuda.Stream | None  # on a GPU, for what need not be waited for
+    aside: torch.cuda.Stream | None  # on a GPU, a stream for what need not be waited for
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         super().__init__(device)
@@ -166,7 +166,7 @@ class Tables(DeviceArrays):
                 return None
             if capturing(self.device):
                 return self._moved(role, known.table.on(stream), known.rows, addresses)
-            rows = known.rows  # gradients come and go with every step
+            rows = known.rows  # only addresses differ: gradients are freed and made again
         else:
             if role == "read" and any(map(Tensor.is_neg, tensors)):  # the ops never pass one
                 raise ValueError(
@@ -183,13 +183,13 @@ class Tables(DeviceArrays):
         return table.on(stream)
 
     def _moved(self, role: str, known: Tensor, rows: np.ndarray, addresses: list[int]) -> Tensor:
-        """A known view of other addresses, without the host's memory: a graph that is captured allocates gradients of
-        its own. The addresses become arguments of a few kernels in the graph."""
+        """A known view with other addresses, without a copy from the host: a graph that is captured allocates gradients
+        of its own. The addresses become arguments of a few kernels in the graph."""
         rows = rows.copy()
         rows["address"] = addresses
         self._choose_path(rows, role == "read")
         table = known.clone()
-        for name in ("address", "path"):  # of which the second depends on the first's alignment
+        for name in ("address", "path"):  # the path depends on the address's alignment
             column = table[:, VIEW.fields[name][1] // 8].zero_()  # type: ignore[index]
             torch._foreach_add_(list(column.unbind()), rows[name].tolist())
         return table
@@ -206,7 +206,7 @@ class Tables(DeviceArrays):
         return flat.layout, flat.table
 
     def _rows(self, strides: list, dtypes: list) -> np.ndarray:
-        """A view of tensors wherever they are: one row each."""
+        """A view of tensors, one row each, without their addresses."""
         rows = self._static.copy()
         for n, (row, layer, stride, dtype) in enumerate(zip(rows, self.plan.layers, strides, dtypes, strict=True)):
             if sum((k - 1) * abs(s) for k, s in zip(layer.shape, stride, strict=True)) >= 2**31:
@@ -242,7 +242,7 @@ class Tables(DeviceArrays):
 
 
 def _static_columns(plan: Plan) -> np.ndarray:
-    """Views with what shapes alone decide."""
+    """Views that have only the columns that follow from shapes."""
     rows = np.zeros(len(plan.layers), VIEW)
     for row, p in zip(rows, plan.packed, strict=True):
         row["rows"], row["columns"] = p.layer.rows, p.layer.columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 PACK_ROWS, PACK_COLUMNS = 32, 64
-PATCH_COLUMNS, TAPS = 64, 16  # of the transforms, 16 taps at a time: a product has no fewer
+PATCH_COLUMNS, TAPS = 64, 16  # of the transforms; 16 taps at a time, the fewest that a product takes
 THERE_ROWS, THERE_FREQUENCIES = 1, 32
 BACK_ROWS, BACK_FREQUENCIES = 2, 16
 
@@ -78,7 +78,7 @@ def transform_back_options(accumulate: bool) -> dict[str, Any]:
 
 
 def _patch_options(rows: int, frequencies: int) -> dict[str, Any]:
-    """One stage: loads that run ahead would take registers that there are not."""
+    """One stage: loads that run ahead would take more registers than there are."""
     sizes = {"ROWS": rows, "COLUMNS": PATCH_COLUMNS, "FREQUENCIES": frequencies, "TAPS": TAPS}
     return sizes | {"num_warps": 4, "num_stages": 1}
 

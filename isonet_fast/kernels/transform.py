@@ -145,7 +145,7 @@ def transform_kernel(
     address = tl.load(view + VIEW_ADDRESS)
     dtype = tl.load(view + VIEW_DTYPE)
     taps_first = (tl.load(view + VIEW_ROW_STRIDE) > 1) & (tl.load(view + VIEW_COLUMN_STRIDE) > 1)
-    last = tap_offset(taps - 1, view)  # the tap opposite to another is as far from it as that is from the first
+    last = tap_offset(taps - 1, view)  # the offsets of a tap and of its opposite add up to this
     offset, inside = _elements(tile, view, ROWS, COLUMNS)
     e = tl.arange(0, ROWS * COLUMNS)
     out = tl.load(tile + TILE_OUT_ROW).to(tl.int64) * PANEL + tl.multiple_of(tl.load(tile + TILE_OUT_COLUMN), COLUMNS)
@@ -168,13 +168,13 @@ def transform_kernel(
         _store_plane(hi, lo, at + plane, s, mask, SPLIT)
         _store_plane(hi, lo, at + 2 * plane, c + s, mask, SPLIT)
         _store_plane(hi, lo, at + 3 * plane, s - c, mask, SPLIT)
-        tl.store(hi + (at + 4 * plane), (c - s).to(hi.dtype.element_ty), mask)  # the gradient alone reads it
+        tl.store(hi + (at + 4 * plane), (c - s).to(hi.dtype.element_ty), mask)  # only the gradient reads it
 
 
 @triton.jit
 def transform_back_kernel(
     spectrum,  # float32: D_C and D_S of every frequency
-    out,  # float32: what the views' addresses are relative to, unless they are added to
+    out,  # float32: where the gradients go, unless ACCUMULATE; the views' addresses are relative to it
     tiles,  # int32 (tiles, PATCH_WIDTH)
     waves,  # float32
     views,  # int64 (layers, VIEW_WIDTH)
@@ -199,7 +199,7 @@ def transform_back_kernel(
         address += out.to(tl.int64)
     pointer = address.to(tl.pointer_type(tl.float32))
     taps_first = (tl.load(view + VIEW_ROW_STRIDE) > 1) & (tl.load(view + VIEW_COLUMN_STRIDE) > 1)
-    last = tap_offset(taps - 1, view)  # the tap opposite to another is as far from it as that is from the first
+    last = tap_offset(taps - 1, view)  # the offsets of a tap and of its opposite add up to this
     offset, inside = _elements(tile, view, ROWS, COLUMNS)
     e = tl.arange(0, ROWS * COLUMNS)
     source = spectrum + tl.load(tile + TILE_FIRST).to(tl.int64) * 64

@@ -33,7 +33,7 @@ def truth(name: str, value: Any) -> bool:
 
 
 def dropout_rate(value: Any, default: float, meaning: str) -> float:
-    """`default` for None, which means `meaning`."""
+    """The rate; `default` for None. `meaning` says in an error what None means."""
     if value is None:
         return default
     allowed = f"dropout must be None ({meaning}) or in [0, 1), got {value!r}"

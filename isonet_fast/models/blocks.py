@@ -14,14 +14,14 @@ from .ingredients import Ingredients
 
 
 def through(x: Tensor, *layers: nn.Module | None) -> Tensor:
-    """The layers that there are, one after the other."""
+    """Apply the layers that are not None, one after the other."""
     for layer in layers:
         x = x if layer is None else layer(x)
     return x
 
 
 def end(conv: nn.Module, norm: nn.Module | None, scale: SharedScale | None, x: Tensor) -> Tensor:
-    """The last convolution of a branch and what comes behind it."""
+    """Apply the last convolution of a branch, then its normalisation and scale, if any."""
     if scale is None:
         return through(conv(x), norm)
     if norm is None:

@@ -1,5 +1,5 @@
 """Mask R-CNN and Faster R-CNN on the networks of the paper: torchvision's detection parts, a pyramid without
-normalisation, and the penalty on the backbone alone.
+normalisation, and the penalty only on the backbone.
 
 torchvision is optional. Where its compiled operators do not load (a CPU torch beside torchvision's CUDA build), nms and
 roi_align are those of `detection_operators`.
@@ -34,7 +34,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, boxes, poolers
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-if not extension._has_ops():  # only there: what torchvision itself calls would raise
+if not extension._has_ops():  # only then, because torchvision's own operators would raise
     boxes.nms = nms
     poolers.roi_align = detection.roi_heads.roi_align = roi_align
 
@@ -85,16 +85,16 @@ def maskrcnn(
     Args:
         body: a network of the paper by its name ("risonet50"), one that you made (`isonet_cifar(32, residual=True)`;
             its head is taken off), or for comparison "resnet18", "resnet34", "resnet50", "resnet101" of torchvision.
-        num_classes: with the background, which is class 0.
+        num_classes: the number of classes, with the background, which is class 0.
         weights_backbone: a checkpoint file of the classifier, official or of this package, in every layout that
             `load_official` reads; for a ResNet torchvision's state_dict. The classifier's last layer is left out.
         trainable_backbone_layers: how many parts of the body train, counted from the last stage; the stem is one too.
             None: 3 with `weights_backbone`, as in torchvision, else all.
         norm: only matters for a body with BatchNorm. "frozen" fixes its statistics and weights, "live" keeps BatchNorm.
-        channels: of the pyramid and of the heads.
-        **options: of torchvision's MaskRCNN (min_size, max_size, rpn_..., box_...).
+        channels: the width of the pyramid and of the heads.
+        **options: the other options of torchvision's MaskRCNN (min_size, max_size, rpn_..., box_...).
 
-    Every convolution outside the body has `penalty = None`: `OrthoRegularizer(detector)` penalises the body alone.
+    Every convolution outside the body has `penalty = None`: `OrthoRegularizer(detector)` penalises only the body.
 
     Raises ModuleNotFoundError without torchvision; TypeError or ValueError for an argument, and for a file that does
     not fit.
@@ -205,7 +205,7 @@ def _frozen(norm: nn.BatchNorm2d) -> nn.Module:
 
 
 def _load(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Weights of a classifier of any number of classes."""
+    """Load the weights of a classifier of any number of classes."""
     weights, own = weights_in(read_checkpoint(path), path), network.state_dict()
     kept = {name: value for name, value in weights.items() if not name.startswith(_CLASSIFIER)}
     if not kept.keys() & own.keys():
@@ -228,7 +228,7 @@ def _stages(network: nn.Module) -> dict[str, int]:
 
 
 def _freeze(network: nn.Module, trainable: int | None) -> None:
-    """All but the last `trainable` parts, of which the stem is the first; None: nothing."""
+    """Freeze all but the last `trainable` parts, of which the stem is the first; None freezes nothing."""
     stem = ("stem",) if isinstance(network, Network) else ("conv1", "bn1")
     parts = [*((stage,) for stage in reversed(_stages(network))), stem]
     if trainable is None:
@@ -246,7 +246,7 @@ def _anchors(network: nn.Module, levels: int) -> nn.Module:
 
 
 def _heads(kind: type[nn.Module], channels: int, num_classes: int) -> dict[str, nn.Module]:
-    """torchvision's, of any width."""
+    """torchvision's heads, of any width."""
     heads = {
         "box_head": TwoMLPHead(channels * 7**2, 4 * channels),
         "box_predictor": FastRCNNPredictor(4 * channels, num_classes),

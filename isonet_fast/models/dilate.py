@@ -13,7 +13,8 @@ def dilate_(network: Network, output_stride: int, stem_stride: int) -> None:
     A stage that would halve the map beyond it keeps its size, and every later 3x3 convolution reads taps twice as far
     apart (the "à trous" algorithm): the old map is then the new one at every second pixel.
 
-    stem_stride: of the stem and the first stage together. Raises ValueError for a stride that the network never has.
+    stem_stride: the stride of the stem and the first stage together. Raises ValueError for a stride that the network
+    never has.
     """
     strides = [stem_stride * 2**n for n in range(len(network.feature_channels))]
     if output_stride not in strides:
@@ -26,5 +27,5 @@ def dilate_(network: Network, output_stride: int, stem_stride: int) -> None:
                 conv.padding = tuple(dilation * (k // 2) for k in conv.kernel_size)
                 if conv.stride[0] == 2 and stride > output_stride:
                     conv.stride = (1, 1)
-                    if conv.kernel_size[0] > 1:  # not the shortcut's, which no convolution of the branch follows
+                    if conv.kernel_size[0] > 1:  # not the shortcut, which comes after the branch
                         dilation *= 2

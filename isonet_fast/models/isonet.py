@@ -25,7 +25,7 @@ class Stem(nn.Module):
     """7x7 convolution at stride 2 (PyTorch's initialisation, never penalised), 3x3 max pooling at stride 2, activation.
 
     SReLU commutes with max pooling, so it comes last: a quarter of the elements, the same outputs and gradients.
-    In place on the pooled map, which max pooling's own backward does not read (it keeps the indices).
+    It runs in place on the pooled map, which max pooling's own backward does not read (it keeps the indices).
     """
 
     conv: OrthoConv2d

@@ -14,7 +14,7 @@ def load_official(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load the weights of a checkpoint file into `model`, in place; returns `model`.
 
     The official trainer keeps them under "net", each name with the prefix "module."; optimizer and accuracies beside
-    them are left alone. Other layouts are read too: a plain state_dict, one under "model", "state_dict" or
+    them are ignored. Other layouts are read too: a plain state_dict, one under "model", "state_dict" or
     "model_state_dict", a .safetensors file, and names as torch.compile, DDP, FSDP, AveragedModel and Lightning write
     them; `model` itself may be wrapped so. A pickle that would run code is refused and runs nothing.
 

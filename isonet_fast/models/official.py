@@ -1,4 +1,4 @@
-"""The same networks in the official arithmetic, re-expressed: what this package is timed against.
+"""This package's networks in the arithmetic of the official code, to be timed against.
 
 `official(model)` computes SReLU as relu(x - b) + b, the scale as a pass of its own and the join as sum, then SReLU;
 `bare(model)` deletes the SReLUs. Both are copies of the model with the same weights.
@@ -87,10 +87,10 @@ def _swap(model: nn.Module, replacements: dict) -> nn.Module:
 
 
 def official_penalty(model: nn.Module, identity_device: torch.device | str = "cpu") -> Tensor:
-    """1/2 ||conv(K, K, padding=k-1, stride) - delta||^2 layer by layer, the identity built on the CPU each time.
+    """1/2 ||conv(K, K, padding=k-1, stride) - delta||^2 layer by layer, with the identity built on the CPU each time.
 
-    identity_device: where it is built instead; the weights' own device spares the copies. Defined where the official
-    code is: ungrouped 2-d convolutions whose stride divides k - 1.
+    identity_device: where it is built instead; the weights' own device spares the copies. Like the official code, it
+    takes only ungrouped 2-d convolutions whose stride divides k - 1.
     """
     return sum(
         (

@@ -34,7 +34,7 @@ class Orthogonal:
     groups: int = 1
 
     def _choose(self, penalty: Penalty | None) -> None:
-        """Before the parent's constructor, which calls `reset_parameters`."""
+        """Set the penalty, before the parent's constructor, which calls `reset_parameters`."""
         if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
             raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (never penalised), got {penalty!r}")
         self.penalty = penalty

@@ -44,7 +44,7 @@ class _ChannelBias(nn.Module):
         return self.inplace and not (torch.compiler.is_compiling() and x._base is not None)
 
     def _bias_over(self, x: Tensor) -> Tensor:
-        """The bias in the dtype of x, in a shape that broadcasts over x. For the `_in_torch` of the layers."""
+        """The bias in the dtype of x, in a shape that broadcasts over x. It serves `_in_torch` of the layers."""
         dims = self.spatial_dims
         shape = [-1] + [1] * dims if isinstance(dims, int) else [1, -1] + [1] * (x.dim() - 2)
         return self.srelu_bias.to(x.dtype).view(shape)
@@ -79,7 +79,7 @@ class SReLU(_ChannelBias):
         return functional.srelu(x, self.srelu_bias, self._writes_over(x), self.spatial_dims)
 
     def _in_torch(self, x: Tensor) -> Tensor:
-        """The forward in operators of torch alone, which `deconvert` puts in the layer's place."""
+        """The forward with operators of torch only, which `deconvert` puts in the layer's place."""
         return torch.maximum(x, self._bias_over(x))
 
 
@@ -106,7 +106,7 @@ class ResidualSReLU(_ChannelBias):
         return torch.maximum(y, self._bias_over(y))
 
     def _in_torch_in_block(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        """In the blocks of `isonet_fast.models`, which call a join without a scale."""
+        """`_in_torch` for the blocks of `isonet_fast.models`, which call a join without a scale."""
         y = shortcut + branch
         return torch.maximum(y, self._bias_over(y))
 
@@ -164,7 +164,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _bare(module: nn.Module) -> bool:
-    """To call it runs the forward of one of these very classes, and nothing else."""
+    """Whether calling the module runs the forward of exactly one of these classes, and nothing else."""
     return (
         type(module) in _BARE
         and "forward" not in module.__dict__

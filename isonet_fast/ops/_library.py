@@ -73,7 +73,7 @@ def implement(schema: str, tags: Sequence[torch.Tag] = ()) -> Callable:
 
 
 def _warn(device: torch.device) -> None:
-    """Once per device: the op is right, but slow."""
+    """Warn once per device that the op is right, but slow."""
     if device not in _warned:
         _warned.add(device)
         warnings.warn(f"isonet_fast: PyTorch serves SReLU on {device}: {_refusal(device)}", stacklevel=2)

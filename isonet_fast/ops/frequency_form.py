@@ -27,9 +27,9 @@ from torch import Tensor
 
 from ..geometry import Frequency, Layer
 
-# Elements of C and S together: so many pairs at a time as fit.
+# Elements of C and S together: as many pairs are computed at a time as fit.
 SCRATCH = 2**22
-# Elements of a few pairs with their products: so many that every thread has some, in its second-level cache.
+# Elements of the few pairs that are multiplied at a time: every thread has some, in its second-level cache.
 CACHE = 2**19
 
 

@@ -101,8 +101,8 @@ def _evaluate(weights: Sequence[Tensor], problem: Problem, grads: Sequence[Tenso
 def _work(weights: Sequence[Tensor], problem: Problem) -> list[closed_form.Work]:
     """How each layer is computed where the Triton kernels do not serve it, and which units of it.
 
-    Where work is shared every rank must split it in the same way: on a GPU another rank may have the Triton kernels,
-    which choose and count in a way of their own.
+    If the work is shared, every rank must split it in the same way. On a GPU another rank may have the Triton kernels,
+    so every rank takes their forms and costs.
     """
     float64 = any(w.dtype == torch.float64 for w in weights)
     triton = problem.share[1] > 1 and any(w.is_cuda for w in weights) and not float64
@@ -159,7 +159,7 @@ def _orthogonality_loss_backward_fake(
 class OrthogonalityLoss(torch.autograd.Function):
     """orthogonality_loss under autograd: (total, penalties) of (Problem.text, whether to save, *weights).
 
-    Around an op that knows nothing of it: `register_autograd` takes longer than the kernels to launch.
+    It wraps an op that knows nothing of autograd, because `register_autograd` takes longer than the kernels to launch.
     """
 
     @staticmethod

@@ -51,7 +51,7 @@ def batch(taps: Tensor, layer: Layer, offsets: tuple[Offset, ...], want_grad: bo
 
 
 def _gram(a: Tensor, b: Tensor, layer: Layer) -> Tensor:
-    if layer.thin and a.device.type != "mps":  # which has no float64
+    if layer.thin and a.device.type != "mps":  # mps has no float64
         return torch.bmm(a.double(), b.double().mT)
     return torch.bmm(a, b.mT)
 

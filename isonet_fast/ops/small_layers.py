@@ -29,7 +29,7 @@ def members(weights: Sequence[Tensor], layers: Sequence[Layer], grads: Sequence[
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Values that the kernel can read and write where they lie."""
+    """Whether the kernel can read and write the values where they lie."""
     return tensor.is_cpu and tensor.dtype == torch.float32 and not tensor.is_neg()
 
 

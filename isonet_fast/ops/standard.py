@@ -21,7 +21,7 @@ from .srelu import per_channel
 def wanted() -> bool:
     """Whether the caller runs inside a transform, forward-mode AD, an export or a trace.
 
-    The flag of exports is read itself: PyTorch 2.11's is_exporting() is true under torch.compile too.
+    The flag of exports is read directly, because PyTorch 2.11's is_exporting() is true under torch.compile too.
     """
     return (
         torch._C._are_functorch_transforms_active()
