@@ -292,7 +292,7 @@ def _percent(fraction: str) -> str:
 
 
 def _share(contender: Contender, timing: Timing, bound: Contender | None, limit: Timing | str | float) -> float | None:
-    """Of the limit, a bound that was timed alongside or a rate in TFLOP/s, what a provider reaches; None: unknown."""
+    """The share of the limit (a bound timed alongside, or TFLOP/s) that a provider reaches; None if it is unknown."""
     if bound is not None and isinstance(limit, Timing):
         work, bound_work = (contender.bytes, bound.bytes) if bound.bytes else (contender.flops, bound.flops)
         return (work / timing.p50) / (bound_work / limit.p50) if work else None

@@ -17,7 +17,7 @@
 // convolution's inputs.
 //
 // What makes it deterministic: a block writes its sums to its own partial row; finish_kernel adds the rows in a
-// fixed order. No atomics. The partition depends on the shape alone (partition.h), not on the GPU.
+// fixed order. No atomics. The partition depends only on the shape (partition.h), not on the GPU.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,7 +2,7 @@
 //
 // One pass over memory where eager PyTorch takes several. There are two loops: over runs (the inner elements of one
 // channel are consecutive: NCHW), and over rows (inner = 1: channels_last), where the bias values and the running sums
-// are arrays in the first-level cache. Work is cut into units by shape alone, each unit keeps its own sums, and these
+// are arrays in the first-level cache. Work is cut into units only by shape, each unit keeps its own sums, and these
 // are added in order, in double, at the end: the same bits for any number of threads.
 //
 // Every loop body is compiled for the baseline and for AVX2 (simd_dispatch.h). AVX-512 gains nothing here, because

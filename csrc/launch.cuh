@@ -43,8 +43,8 @@ cudaError_t launch_kernel(const Operands<T>& operands, const Partition& p,
 }
 
 #ifndef ISONET_FAST_EMULATED
-// Whether what this device runs waits where the source says so: code made for sm_90 or later. PTX for an earlier chip
-// does not, on whatever chip it is compiled. (A driver before CUDA 12.4 can't capture such launches.)
+// Whether the code that this device runs waits where the source says so. Code made for sm_90 or later does; PTX for an
+// earlier chip does not, on whatever chip it is compiled. (A driver before CUDA 12.4 can't capture such launches.)
 template <class Kernel>
 bool awaits_grid(Kernel kernel) {
   static std::array<std::atomic<int>, 128> known{};  // 0: not asked yet
@@ -60,7 +60,7 @@ bool awaits_grid(Kernel kernel) {
   return answer == 1;
 }
 
-// Launched while the kernel before it on the stream still runs, where it awaits that one: 2 microseconds less.
+// Launches a kernel while the one before it on the stream still runs, if it awaits that one: 2 microseconds less.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                          Arguments... arguments) {

@@ -23,7 +23,7 @@ struct OrthogonalityLayer {
   const int64_t* sizes;
   const float* weight;
   const int64_t* weight_strides;
-  float* grad;  // null: the loss alone
+  float* grad;  // null: only the loss
   const int64_t* grad_strides;
   float scale;  // of the gradient
   int64_t groups;

@@ -1,6 +1,6 @@
 // How a tensor is cut into blocks of threads: arithmetic on its shape, done on the host.
 //
-// It depends on the shape and the alignment alone, never on the GPU: the order of the additions, and so the
+// It depends only on the shape and the alignment, never on the GPU: the order of the additions, and so the
 // bits of the result, are the same everywhere.
 //
 // Repeats: if a row of channels * inner elements is not a whole number of vectors, several rows are taken as

@@ -64,7 +64,7 @@ inline void launch_first(FirstLaunch& first, int32_t device_type, int32_t device
   const Call call{
       .dtype = DType::float32, .extent = {1, 4, 1}, .in = {x}, .out = {x}, .bias = {x + 4, DType::float32}};
   first.error = cuda::launch<SReLUForward>(call, nullptr, current_stream(memory));
-  if (first.error == cudaErrorMemoryAllocation) check_launch(first.error);  // says nothing of the next time
+  if (first.error == cudaErrorMemoryAllocation) check_launch(first.error);  // a later launch may succeed
 }
 
 inline bool kernels_run_on(AtenTensorHandle x) {

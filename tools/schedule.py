@@ -54,14 +54,14 @@ class Machine:
     floor_tflops: float = 790.0  # of one large product
     l2_tbytes: float = 7.0  # a second
     memory_tbytes: float = 4.4
-    float32_tflops: float = 30.0  # outside of the tensor cores, half of what they could
+    float32_tflops: float = 30.0  # outside of the tensor cores, half of the peak there
     tile_us: float = 2.0  # a tile's prologue and epilogue
     launch_us: float = 1.0  # from one kernel of a graph to the next
     finish_us: float = 7.0  # one program
     gradient_bytes: float = 4.0  # per element that is accumulated: 4 as sm_90 adds it, 8 where it is loaded and stored
 
     def store_us(self, nbytes: float) -> float:
-        """What a program writes."""
+        """The time of a program's writes."""
         return 1e-6 * self.multiprocessors * nbytes / self.memory_tbytes
 
     def step_us(self, flops: float, nbytes: float) -> float:
@@ -92,7 +92,7 @@ def plan_of(layers: tuple[Layer, ...], share: tuple[int, int] = (0, 1)) -> Plan:
 
 
 def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
-    """Of every launch of tiles, what each program takes, in the order in which they start."""
+    """For every launch of tiles, the time of each program, in the order in which they start."""
     for gram, table in plan.gram_tiles.items():
         steps = table["last"].astype(np.int64) - table["first"]
         size = gram.block * gram.chunk

@@ -33,7 +33,7 @@ def build_model(config: Model, num_classes: int, in_channels: int) -> nn.Module:
 
 
 def construct(name: str) -> nn.Module:
-    """The network that "module:function" returns, called without arguments; modules of the working directory count."""
+    """The network that "module:function" returns without arguments; the module may lie in the working directory."""
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(f"--model must be module:function, for example networks:my_network, got {name!r}")
@@ -67,5 +67,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Nothing for float32."""
+    """Autocast to this precision; nothing for float32."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))

@@ -1,4 +1,4 @@
-"""What a training run is told: dataclasses, filled from a YAML preset, `--set` and the command line.
+"""The configuration of a training run: dataclasses, filled from a YAML preset, `--set` and the command line.
 
 Every key is known and typed; anything else is refused with the nearest known name. A configuration holds values and
 runs nothing (`plain_yaml`).
@@ -130,7 +130,7 @@ def presets(kind: Any = Config) -> list[str]:
 
 
 def load(preset: str | None, settings: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Config:
-    """A configuration: defaults, then `base` (of a checkpoint), then a preset or YAML file, then `a.b=value` settings.
+    """A configuration: defaults, then `base` (a checkpoint's), then a preset or YAML file, then `a.b=value` settings.
 
     A value is YAML. Where the key holds text, as data.source does, it is taken literally, unless it is in quotes.
 
@@ -190,7 +190,7 @@ def _hint(parts: Sequence[str], kind: Any) -> Any:
 
 
 def _merge(into: dict[str, Any], values: Any, where: str) -> None:
-    """Section by section. No deeper: what else is nested is refused by `_value`, and may have no end."""
+    """Merge section by section, and no deeper: `_value` refuses deeper values, which may have no end."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must hold a mapping of sections, got {_short(values)}")
     for key, value in values.items():
@@ -265,14 +265,14 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 
 def _short(value: Any) -> str:
-    """Its representation; of a long or endless value the beginning."""
+    """The representation of a value; if it is long or endless, its beginning."""
     shortened = reprlib.Repr()
     shortened.maxstring = shortened.maxlong = shortened.maxother = 80
     return shortened.repr(value)
 
 
 def _check(config: Config) -> None:
-    """Ranges; types are checked before."""
+    """Check ranges; types have been checked before."""
     check(
         config,
         positive=("data.eval_batch_size", "data.image_size", "schedule.epochs"),
@@ -285,7 +285,7 @@ def _check(config: Config) -> None:
 
 
 def check(config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
-    """What configurations of every kind have in common, and these keys besides."""
+    """Check the keys that configurations of every kind have in common, and these keys besides."""
     for name in (*positive, "data.batch_size", "optimizer.lr", "penalty.interval", "accumulate"):
         value = attrgetter(name)(config)
         if not (value > 0 and math.isfinite(value)):

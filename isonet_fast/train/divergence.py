@@ -1,4 +1,4 @@
-"""What to say when the loss, or a weight, is no longer a number."""
+"""The error for a loss or a weight that is no longer a number."""
 
 from __future__ import annotations
 

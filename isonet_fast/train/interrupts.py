@@ -1,5 +1,5 @@
-"""SIGINT, SIGTERM and SIGHUP: a run ends between two steps, with everything saved, also where a whole process group is
-sent them, as a terminal, a scheduler and `timeout` do."""
+"""SIGINT, SIGTERM and SIGHUP end a run between two steps, with everything saved, even if they are sent to a whole
+process group, as a terminal, a scheduler and `timeout` do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ONE_STOP = 1.0  # seconds: `timeout` signals the process and then its group
 class Interrupted(Exception):
     """Stopped by a signal, with everything saved; `code` is the exit code that a shell expects.
 
-    how: the command that goes on.
+    how: the command that resumes the run.
     """
 
     code: int
@@ -31,10 +31,10 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While it is entered, the first signal is kept in `received` (0: none) for the loop to look at. What the process
-    ignores it goes on ignoring: nohup does not want SIGHUP to end a run.
+    """A context that keeps the first signal in `received` (0: none), where the loop looks at it. Signals that the
+    process ignores stay ignored: nohup does not want SIGHUP to end a run.
 
-    twice_ends: a second one, a second later or more, ends the process at once. Not under torchrun, which repeats the
+    twice_ends: another signal, at least a second later, ends the process at once. Not under torchrun, which repeats the
     signal that it was sent itself, waits half a minute and kills.
     """
 
@@ -64,7 +64,7 @@ class Signals:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Processes that start within, and theirs, have these signals blocked until they call `leave_group`."""
+    """Block these signals in processes that start within, and in their children, until they call `leave_group`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -76,8 +76,8 @@ def held_back() -> Iterator[None]:
 
 
 def leave_group() -> None:
-    """Called by a process that this one started: what its group was sent, and will be, is the starting process's to
-    answer, which saves and ends this one then. Signals to this process itself work as always."""
+    """Leave the process group; for a child process. Signals to the group are the parent's to answer, which saves and
+    then ends the child. Signals to the child itself work as always."""
     if not hasattr(os, "setpgid"):
         return
     os.setpgid(0, 0)

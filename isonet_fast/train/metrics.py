@@ -69,10 +69,10 @@ class Log:
         self.writer: Any = None
 
     def start(self, epoch: int) -> None:
-        """Begin with `epoch`: rows of it and later ones, of a run that was killed after its checkpoint, are dropped.
+        """Begin with `epoch`. Rows of this and later epochs, from a run killed after its checkpoint, are dropped.
 
-        Columns that somebody has added stay, and are left empty in new rows. ValueError for a file that is no table
-        of ours any more.
+        Columns that somebody has added stay, and are left empty in new rows. ValueError for a file that is no longer a
+        table of ours.
         """
         rows = [row for row in self._read() if int(row["epoch"]) < epoch]
         with replacing(self.path) as temporary, disk_errors_naming(self.path):

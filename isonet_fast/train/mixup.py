@@ -30,8 +30,8 @@ def mixup(images: Tensor, labels: Tensor, alpha: float, seed: str) -> Mixed:
     """x = l x_i + (1 - l) x_j, y = l y_i + (1 - l) y_j (equation 1) with l from Beta(alpha, alpha), one l a batch, and
     j from a random order of the batch. alpha = 0: l = 1, nothing is mixed.
 
-    l and 1 - l are as likely, and so are an order and its inverse: the larger of the two is taken for l, so that
-    `labels` are those of which there is more, and accuracy in training can be told by them.
+    l and 1 - l are equally likely, and so are an order and its inverse. So the larger one is taken for l: then `labels`
+    have the larger share, and training accuracy can be counted with them.
     """
     if alpha == 0:
         return Mixed(images, labels, labels, 1.0)

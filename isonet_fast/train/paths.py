@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def user_path(text: str) -> Path:
-    """A path as it was typed, except that `~` and `~name` are directories of users, as in a shell: also as there, the
-    name of no user stays what it is."""
+    """A path as it was typed, except that `~` and `~name` become home directories, as in a shell. If no user has this
+    name, it stays as it is, also as in a shell."""
     return Path(os.path.expanduser(text))
 
 
 def to_resume(directory: Path, command: str = "train") -> str:
-    """The command that goes on with the run in `directory`, as it can be pasted into a shell."""
+    """The command that resumes the run in `directory`; it can be pasted into a shell."""
     return f"isonet-fast {command} --resume {shlex.quote(str(directory))}"

@@ -1,4 +1,4 @@
-"""YAML as plain values: nothing in it is executed, and whatever is wrong with it is one line with its place."""
+"""YAML as plain values: nothing in it is executed, and an error is reported in one line with its place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """What PyYAML's constructors raise on values such as 2001-99-99 has no place: here it gets one."""
+        """Add the place to what PyYAML's constructors raise on values such as 2001-99-99."""
         try:
             return super().construct_object(node, deep)
         except (yaml.YAMLError, RecursionError):

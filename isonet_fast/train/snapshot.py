@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and a run that goes on from it."""
+"""The state of a run, as a checkpoint holds it, and a run that goes on from it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def take(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:
-    """Put a new run where the one of the checkpoint was; ValueError for data or weights that do not fit it."""
+    """Bring a new run to where the checkpoint's run was; ValueError for data or weights that do not fit it."""
     missing = [key for key in _KEYS if key not in state]
     if missing:
         raise ValueError(f"the checkpoint in {run.directory} is incomplete: it lacks {', '.join(missing)}")
@@ -54,7 +54,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.epoch, run.examples, run.step = position["epoch"], position["examples"], position["step"]
     run.best = position["best"]
     _check_data(run, state)
-    # the groups are those of the configuration, which may have another momentum or weight decay (`resuming`)
+    # the configuration's groups, because it may have another momentum or weight decay (`resuming`)
     groups = run.optimizer.state_dict()["param_groups"]
     weights, optimizer = state["model"], {**state["optimizer"], "param_groups": groups}
     if run.sharded:
@@ -84,7 +84,7 @@ def _check_data(run: Run, state: dict[str, Any]) -> None:
 
 
 def _restore_own(run: Run, ranks: list[dict[str, Any]]) -> None:
-    """What each process has of its own. Other processes than before: the sums go to rank 0, dropout starts anew."""
+    """Restore what each process has of its own. If their number changed, rank 0 gets the sums; dropout starts anew."""
     processes = run.processes
     if len(ranks) != processes.size:
         run.seed()

@@ -1,4 +1,4 @@
-"""Where a command prints: every name can be printed there, on its line, and a terminal that is closed ends no run."""
+"""Output of commands: every name can be printed, on one line, and a terminal that is closed ends no run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README tables come from rows; targets are judged by rows alone."""
+"""README tables come from rows; targets are judged only by rows."""
 
 import pytest
 

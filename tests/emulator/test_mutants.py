@@ -60,7 +60,7 @@ def mutants() -> pathlib.Path:
     for file, old, new in BUGS.values():
         patch(sources / file, old, new)
     patch(sources / "partition.h", "#pragma once\n", "#pragma once\n" + SWITCH)
-    for dtype in ("float64", "float16", "bfloat16"):  # float32 alone: it compiles four times faster
+    for dtype in ("float64", "float16", "bfloat16"):  # only float32: it compiles four times faster
         element = {"float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}[dtype]
         line = f"case DType::{dtype}: return launch_typed<{element}, Formula>(call, workspace, stream);"
         patch(sources / "launch.cuh", line, f"case DType::{dtype}: break;")

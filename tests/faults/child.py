@@ -70,7 +70,7 @@ def limit_files(run: Run, size: int) -> None:
 
 
 def spoil_gradient(run: Run, value: str, which: float) -> None:
-    """One number of one parameter's gradient, after the backward pass of this step alone."""
+    """One number of one parameter's gradient, after the backward pass, only in this step."""
 
     def spoil(*_: Any) -> None:
         hook.remove()

@@ -282,7 +282,7 @@ def test_accumulates_into_gradients(dtype, device):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_shards_add_up(count, device):
-    """Any subset of the units, also none, also without the unit 0 (whose rank alone subtracts the constant)."""
+    """Any subset of the units, also none, also without the unit 0 (only its rank subtracts the constant)."""
     from isonet_fast.kernels import orthogonality as kernels
 
     layers, weights = make([CASES["2x2"][2], CASES["3-d"][0], CASES["matrix"][3], CASES["frequencies"][0]], device)

@@ -169,7 +169,7 @@ def test_few_calls_lie_between_the_regularizer_and_the_first_launch(monkeypatch)
 
 
 def walk_gram(plan):
-    """Multiply-adds of the gram tiles, from their table alone; one product fewer where both sides are the same rows."""
+    """Multiply-adds of the gram tiles, only from their table; one product fewer where both sides are the same rows."""
     work = 0
     for tile, table in plan.gram_tiles.items():
         columns = (table["last"].astype(np.int64) - table["first"]) * tile.chunk

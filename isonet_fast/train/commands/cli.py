@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--config", metavar="NAME", help="a preset or YAML file, where the checkpoint does not say enough")
     add.add_argument("--model", metavar="MODULE:FUNCTION", help="what builds the network, where it is one of your own")
     add.set_defaults(run=lambda args: evaluate.isometry(args.checkpoint, args.size, args.config, args.model))
-    add = commands.add_parser("export", help="the weights of a checkpoint alone, or its network as a graph")
+    add = commands.add_parser("export", help="only the weights of a checkpoint, or its network as a graph")
     add.add_argument("checkpoint", type=_path, help="a file, or the directory of a run (its best checkpoint)")
     add.add_argument(
         "output", type=_path, metavar="OUT", help="weights: OUT.pt or OUT.safetensors; a graph: OUT.onnx or OUT.pt2"
@@ -133,7 +133,7 @@ def _add_set(add: argparse.ArgumentParser) -> None:
 
 
 def _path(text: str) -> Path:
-    if not text:  # it would be the current directory
+    if not text:  # Path() would be the current directory
         raise argparse.ArgumentTypeError("expected a path, got ''")
     return user_path(text)
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """The exit code; an error is a line."""
+    """Run the command; returns the exit code. An error is printed as one line."""
     rank = _rank() if args.command in ("train", "table") else 0
     who = f"isonet-fast, rank {rank}" if rank else "isonet-fast"
     try:
@@ -178,5 +178,5 @@ def _rank() -> int:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """PyTorch has no exception of its own for the CPU's."""
+    """Whether memory ran out. For the CPU PyTorch has no exception of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

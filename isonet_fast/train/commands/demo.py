@@ -111,7 +111,7 @@ def run(epochs: int = 20, output: Path = Path("runs/demo"), seed: int = 0, lr: f
     print(f"{name}({depth}): no normalisation, no skip connections; {count} digits, device {device.type}", flush=True)
     last = trained.fit()
     with torch.no_grad():
-        trained.reg()  # of the weights after the last step
+        trained.reg()  # the penalty after the last step
     batch = next(trained.train_loader.batches())
     assert batch.images is not None
     step_ms = time_steps(trained.model, *to_device(batch.images, batch.labels, settled, device), settled)

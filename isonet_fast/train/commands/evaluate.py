@@ -27,9 +27,8 @@ _OURS = {"format", "config", "model"}  # keys of a checkpoint of this trainer, a
 def run(path: Path, data: str | None, settings: Sequence[str] = (), preset: str | None = None) -> dict[str, float]:
     """Evaluate the checkpoint at `path` (a file, or the directory of a run: its best.pt, else latest.pt).
 
-    The network is the one that the checkpoint says it is, or that its names and shapes tell (`recognise`). Every layout
-    of `models.load_official` is read.
-    Prints and returns loss, top1 and top5 (percent), images and corrupt.
+    The checkpoint says which network it holds, or its names and shapes do (`recognise`). Every layout of
+    `models.load_official` is read. Prints and returns loss, top1 and top5 (percent), images and corrupt.
     """
     model, settled = network(path, [*settings, *([f"data.source={data}"] if data is not None else [])], preset)
     classes, channels = _ends(model.state_dict(), path)
@@ -63,7 +62,7 @@ def network(path: Path, settings: Sequence[str] = (), preset: str | None = None)
 def isometry(path: Path, size: int, preset: str | None = None, constructor: str | None = None) -> diagnostics.Report:
     """`isonet-fast report`: the singular values of every convolution in a checkpoint, for images of size x size.
 
-    constructor: "module:function" that returns the network, where it is none of this package.
+    constructor: "module:function" that returns the network, if it is not one of this package.
     """
     if size < 8:
         raise ValueError(f"--size must be at least 8, got {size}")
@@ -155,7 +154,7 @@ def recognise(state: Mapping[str, Tensor], path: Path) -> Model:
 
 
 def _ends(state: Mapping[str, Tensor], path: Path) -> tuple[int, int]:
-    """How many classes the weights tell apart, in images of how many channels."""
+    """The number of classes, and of the images' channels, by the shapes of the first and last weights."""
     stem, head = state.get("stem.conv.weight"), state.get("head.fc.weight")
     if stem is None or head is None or stem.dim() != 4 or head.dim() != 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`isonet-fast train` and `detect`: from the words of a command line to a run, new or resumed, alone or by torchrun."""
+"""`isonet-fast train` and `detect`: from a command line to a run, new or resumed, in one process or by torchrun."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAUNCH = ".torchrun"  # in the directory of a run: which torchrun began it
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """Flags are short for settings; `--set` is applied last."""
+    """The settings of a command line. Flags are short for some of them; `--set` is applied last."""
     flags = [f"{key}=true" for key in ("channels_last", "compile", "fsdp") if getattr(args, key, False)]
     flags += [
         f"{key}={getattr(args, key)}" for key in ("precision", "accumulate") if getattr(args, key, None) is not None
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, kind: Kind) -> None:
 
 @contextmanager
 def _locked(directory: Path, processes: Processes) -> Iterator[None]:
-    """Rank 0 holds the directory for all."""
+    """Lock the directory: rank 0 holds it for all."""
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(lock.locked(directory)))
         yield
@@ -81,8 +81,8 @@ def _start(args: argparse.Namespace, processes: Processes, kind: Kind) -> None:
 
 
 def _goes_on(directory: Path, kind: Kind) -> bool:
-    """Whether the run in `directory` is this very one, started again by torchrun; ValueError for another's, and where
-    something else lies there that a run could write over."""
+    """Whether `directory` holds this very run, which torchrun has started again. ValueError if it holds another run, or
+    something else that a run could write over."""
     launch, begun = distributed.launch_name(), directory / _LAUNCH
     if checkpoint.find(directory, "latest", "previous"):
         if launch is not None and begun.exists() and begun.read_text() == launch:
@@ -99,7 +99,7 @@ def _goes_on(directory: Path, kind: Kind) -> bool:
 
 
 def _claim(directory: Path, kind: Kind) -> bool:
-    """`_goes_on`, once the directory is ours; torchrun's name is left in it."""
+    """`_goes_on`, once the directory is locked. If not, the name of torchrun's launch is left in it."""
     goes_on, launch = _goes_on(directory, kind), distributed.launch_name()
     if launch is not None and not goes_on:
         with disk_errors_naming(directory / _LAUNCH):
@@ -108,8 +108,10 @@ def _claim(directory: Path, kind: Kind) -> bool:
 
 
 def _resume(args: argparse.Namespace, directory: Path, processes: Processes, kind: Kind) -> None:
-    """The configuration is the checkpoint's; what is given now on the command line goes over it (`resuming`)."""
-    path = processes.from_main(lambda: checkpoint.load_latest(directory)[1])  # one choice, should the last be damaged
+    """Resume with the configuration of the checkpoint, which the command line may change (`resuming`)."""
+    path = processes.from_main(
+        lambda: checkpoint.load_latest(directory)[1]
+    )  # one choice for all, if the last is damaged
     state = checkpoint.load(path)
     if not {"config", "position"} <= state.keys():
         raise ValueError(

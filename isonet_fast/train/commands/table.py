@@ -1,4 +1,4 @@
-"""`isonet-fast table N`: a table of the paper, made or gone on with."""
+"""`isonet-fast table N`: make a table of the paper, or go on with it."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from .source import Source
-from .transforms import cifar_evaluation, cifar_training  # first: it comes by import_torchvision
+from .transforms import cifar_evaluation, cifar_training  # first, because it calls import_torchvision
 
 # isort: split
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 
-# Of our own name, so that a worker process that unpickles one comes by import_torchvision.
+# A name in this module, so that a worker process that unpickles one calls import_torchvision first.
 class CIFAR10(datasets.CIFAR10):
     pass
 
@@ -22,7 +22,7 @@ class CIFAR100(datasets.CIFAR100):
 
 
 def cifar(kind: str, directory: Path, evaluating: bool) -> Source:
-    """cifar10 or cifar100 out of its unpacked archive, which lies in `directory` or is it.
+    """cifar10 or cifar100 from its unpacked archive, which is `directory` or lies in it.
 
     The files are pickles, and a pickle can run anything: torchvision compares the MD5 sum of every file with that of
     the authors' archive and reads none that differs.
@@ -33,7 +33,7 @@ def cifar(kind: str, directory: Path, evaluating: bool) -> Source:
     try:
         val = data_set(root, train=False, transform=cifar_evaluation())
         train = val if evaluating else data_set(root, train=True, transform=cifar_training())
-    except RuntimeError as error:  # that of a sum, which offers a download
+    except RuntimeError as error:  # about an MD5 sum; torchvision's message offers a download
         raise FileNotFoundError(
             f"no {kind} in {directory}: {_differing(data_set, root)} is missing or not that of the authors; expected "
             f"{data_set.base_folder}/ there as the archive {data_set.url} unpacks it (nothing is downloaded for you)"
@@ -42,7 +42,7 @@ def cifar(kind: str, directory: Path, evaluating: bool) -> Source:
 
 
 def _differing(data_set: type[datasets.CIFAR10], root: Path) -> str:
-    """The first file that is not there or does not have its MD5 sum."""
+    """The first file that is missing or does not have its MD5 sum."""
     sums = [*data_set.train_list, *data_set.test_list, (data_set.meta["filename"], data_set.meta["md5"])]
     directory = root / data_set.base_folder
     return next((name for name, md5 in sums if not check_integrity(directory / name, md5)), "a file")

@@ -1,7 +1,7 @@
 """The data sets: `imagefolder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `digits[:SIZE]`, `synthetic[:IMAGES]`.
 
-Each gives an example by its index; what its augmentation draws comes from torch's generator, which the loader seeds for
-that example alone: the same image in whatever order, worker or run it is asked for.
+Each gives an example by its index. The augmentation draws from torch's generator, which the loader seeds anew for each
+example. So it is the same image in whatever order, worker or run it is asked for.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from .images import EXTENSIONS, read_image
 from .source import Source
 from .transforms import evaluation, training
 
-Images = dict[str, list[str]]  # of every class
+Images = dict[str, list[str]]  # paths by class
 
 
 def imagefolder(directory: Path, size: int, evaluating: bool) -> Source:
@@ -66,7 +66,7 @@ def images_of(part: Path) -> Images:
 
 
 def class_folders(part: Path) -> list[str]:
-    """Their names, sorted: the order of the labels."""
+    """The names of the class folders, sorted: the order of the labels."""
     try:
         with os.scandir(part) as entries:
             inside = [entry for entry in entries if not entry.name.startswith(".")]

@@ -13,9 +13,9 @@ from PIL import Image, UnidentifiedImageError
 from .source import Corrupt
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# By what a file holds, whatever its name says. Pillow has more decoders: that of EPS starts Ghostscript.
+# Formats by what a file holds, whatever its name says. Pillow has more decoders: that of EPS starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-# The system's reasons that lie in one file, not in its disk.
+# The system's errors that concern one file, not its disk.
 _OF_ONE_FILE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENXIO)
 
 
@@ -62,5 +62,5 @@ def _opened(path: str) -> BinaryIO:
 
 
 def _without_waiting(path: Any, flags: int) -> int:
-    """A named pipe without a writer would be waited for."""
+    """Open without blocking: a named pipe without a writer would be waited for."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

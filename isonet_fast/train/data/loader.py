@@ -1,4 +1,4 @@
-"""Batches in an order that follows from (seed, epoch) alone, from any position of the epoch on, for any number of
+"""Batches in an order that follows only from (seed, epoch), from any position of the epoch on, for any number of
 processes.
 
 An item is asked for as (epoch, index), so that its augmentation follows from (seed, epoch, index): neither the number
@@ -26,7 +26,7 @@ class WorkerDied(RuntimeError):
     """A process that loads data was killed."""
 
 
-_IN_A_ROW = 100  # so many unreadable images are no accident of images: their disk is gone
+_IN_A_ROW = 100  # this many unreadable images mean that their disk is gone
 
 Key = tuple[int, int]  # epoch (0 when evaluating), index
 Item = tuple[Any, Any] | Corrupt | OSError  # raised in a worker, an error would bring its traceback as its message
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Order:
-    """The batches of an epoch as lists of keys, of this process: rank `part[0]` of `part[1]`.
+    """This process's batches of an epoch, as lists of keys. It is rank `part[0]` of `part[1]`.
 
     Each step takes the next `step_size` examples of an order that all processes have in common; a process has its slice
     of them, in `accumulate` batches. When training, a last step that is not full is dropped; else its slices are
@@ -69,7 +69,7 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """From `start` to the end of the epoch."""
+        """The number of steps from `start` to the end of the epoch."""
         left = self.count - self.start
         return left // self.step_size if self.train else -(-left // self.step_size)
 
@@ -96,7 +96,7 @@ class _Items(Dataset):
     def __getitem__(self, key: Key) -> Item:
         epoch, index = key
         with torch.random.fork_rng(devices=[]):  # dropout draws from the same generator, and must not notice
-            # of the CPU alone: torch.manual_seed would seed those of the GPUs too
+            # only the CPU's generator: torch.manual_seed would seed those of the GPUs too
             torch.default_generator.manual_seed(random.Random(f"{self.seed}/{epoch}/{index}").getrandbits(32))
             try:
                 image, label = self.examples[index]
@@ -106,8 +106,8 @@ class _Items(Dataset):
 
 
 class Loader:
-    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one a core of what this
-    process has of its machine. `accumulate` batches make a step.
+    """Iterate `batches(epoch, start)`; epochs count from 1. workers: loading processes, at most one per core of this
+    process's share of its machine. `accumulate` batches make a step.
 
     Among several processes the workers are no forks of this one: a fork while a thread of the process group holds a
     lock hangs (seen with gloo; PyTorch warns of it for NCCL).
@@ -141,7 +141,7 @@ class Loader:
             persistent_workers=train and workers > 0,
             worker_init_fn=_begin,
             multiprocessing_context=_forkserver() if workers and processes.size > 1 else None,
-            generator=torch.Generator(),  # its own: it must not draw from the generator that dropout uses
+            generator=torch.Generator(),  # its own, because it must not draw from dropout's
         )
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
@@ -162,8 +162,8 @@ class Loader:
 
 @contextmanager
 def naming_dead_workers(workers: int) -> Iterator[None]:
-    """WorkerDied for the death of one of `workers`. Mostly a signal reports it, so the error comes up wherever this
-    process is just then; while the worker hands over a batch, its connection breaks."""
+    """Raise WorkerDied if one of `workers` dies. Mostly a signal reports it, so the error comes up wherever this
+    process is just then. If the worker is handing over a batch, its connection breaks."""
     try:
         yield
     except WorkerDied:
@@ -190,7 +190,7 @@ def _collate(items: list[Item]) -> Batch | OSError:
 
 
 def _forkserver() -> multiprocessing.context.BaseContext | None:
-    """Workers that a process of its own forks, after it has imported what they need; None where there is no fork."""
+    """The context for workers forked by a process of its own that has imported what they need; None without fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return None
     context = multiprocessing.get_context("forkserver")

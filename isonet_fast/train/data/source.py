@@ -1,4 +1,4 @@
-"""What a data set is here: examples by their index, some of which may be unreadable."""
+"""A data set: examples by their index, some of which may be unreadable."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     DIR/annotations/instances_train2017.json, instances_val2017.json
     DIR/train2017/IMAGE, DIR/val2017/IMAGE
 
-An annotation file is read as a whole and checked before anything starts: what is wrong with it is one line that names
-the file, the image or annotation, and what is expected.
+An annotation file is read as a whole and checked before anything starts. An error is one line that names the file, the
+image or annotation, and what is expected.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Annotations:
 
     @property
     def num_classes(self) -> int:
-        """With the background, which is 0: a label is the number of its category, gaps and all."""
+        """The number of classes, with the background (0). Labels are numbers of categories, so gaps count too."""
         return max(self.categories) + 1
 
 
 def open_coco(source: str) -> Source:
-    """Training and validation part; ValueError or FileNotFoundError say what is wrong with a file."""
+    """The training and the validation part; ValueError or FileNotFoundError say what is wrong with a file."""
     kind, _, directory = source.partition(":")
     if kind != "coco" or not directory:
         raise ValueError(f"detectors train on --data coco:DIR, got {source!r}")
@@ -61,7 +61,7 @@ def open_coco(source: str) -> Source:
 class Coco:
     """Images in [0, 1] of their own size, and what is in them: boxes, labels, masks, image_id.
 
-    training: images without objects are left out, crowds too; images and objects are mirrored or not.
+    training: crowds are left out, and images without objects; images are mirrored at random, with their objects.
     """
 
     def __init__(self, annotations: Annotations, training: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a detection run is told: as for classifiers, and a section for the detector. Steps are counted, not epochs."""
+"""The configuration of a detection run: that of classifiers, and a section for the detector. It counts in steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Detector:
     masks: bool = True  # Mask R-CNN, else Faster R-CNN
     weights_backbone: str | None = None  # a checkpoint of the classifier
     trainable_backbone_layers: int | None = None  # counted from the last stage; null: 3 with weights_backbone, else all
-    norm: str = "live"  # of a backbone with BatchNorm: frozen, live
+    norm: str = "live"  # frozen or live BatchNorm, if the backbone has any
     channels: int = 256  # of the pyramid and of the heads
     min_size: int = 800  # of the images as the network sees them: the shorter side,
     max_size: int = 1333  # and the longer one at most
     proposals: int = 2000  # per image; half as many in evaluation
-    rois: int = 512  # of the proposals the boxes that train, per image
+    rois: int = 512  # boxes among the proposals that train, per image
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Steps:
 @dataclass
 class DetectionConfig:
     PRESETS: ClassVar[str] = "configs/detection"
-    fsdp: ClassVar[bool] = False  # of the loop's switches those that detectors do not have
+    fsdp: ClassVar[bool] = False  # switches of the loop that detectors do not have
     channels_last: ClassVar[bool] = False
     compile: ClassVar[bool] = False
 

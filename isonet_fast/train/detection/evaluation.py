@@ -39,7 +39,7 @@ def average_precision(annotations: Annotations, rows: Sequence[dict[str, Any]], 
     from pycocotools.cocoeval import COCOeval
 
     found: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # its tables, half of which nobody asked for
+    with contextlib.redirect_stdout(io.StringIO()):  # COCOeval prints its tables
         truth = COCO()
         truth.dataset = _dataset(annotations)
         truth.createIndex()
@@ -56,7 +56,7 @@ def average_precision(annotations: Annotations, rows: Sequence[dict[str, Any]], 
 
 
 def _dataset(annotations: Annotations) -> dict[str, Any]:
-    """As in the file, with the fields that COCO's own files have and others' may lack."""
+    """The annotations as in the file, with the fields that COCO's own files have and others' may lack."""
     objects = [one for found in annotations.objects.values() for one in found]
     return {
         "info": {},

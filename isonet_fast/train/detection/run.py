@@ -1,7 +1,7 @@
 """A detector trained by the loop of the classifiers: other data, losses and learning rates, and AP at the end.
 
-The batch is that of all processes together, and so is the learning rate: a schedule in steps means the same on any
-number of them. How far a run is, and all that its checkpoints hold, is as in `loop`.
+Batch size and learning rate are those of all processes together, so a schedule in steps means the same on any number of
+them. The position of a run and its checkpoints are as in `loop`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class DetectionRun(Run):
 
     @staticmethod
     def at_end(config: Any, position: dict[str, Any]) -> str:
-        """Never: a run that has made its steps is evaluated again."""
+        """Always empty: a run that has made its steps is evaluated again."""
         return ""
 
     @property
@@ -154,7 +154,7 @@ class DetectionRun(Run):
             return first_nonfinite(_Called(self.model, targets), images)  # type: ignore[arg-type]
 
     def _with_targets(self, batch: Batch) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-        """On the device; where no image could be read, a black one with nothing in it."""
+        """The batch on the device; if no image could be read, a black one with nothing in it."""
         if batch.images is None:
             return [self._black()[0]], [_nothing(self.device)]
         images = [image.to(self.device) for image in batch.images]
@@ -165,7 +165,7 @@ class DetectionRun(Run):
         self.optimizer.zero_grad(set_to_none=False)
 
     def _validate(self) -> dict[str, float]:
-        """At the end alone, see `fit`."""
+        """No columns: a detector is evaluated only at the end, see `fit`."""
         return {}
 
     def _line(self, row: dict[str, float]) -> str:
@@ -198,7 +198,7 @@ class DetectionRun(Run):
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Each process has its part of the images. A signal ends it between two batches: everything is saved."""
+        """The average precisions; each process has its part of the images. A signal ends it between two batches."""
         self.model.eval()
         rows: list[dict[str, Any]] = []
         order = self.val_loader.order
@@ -248,7 +248,7 @@ class _LossSums(Sums):
 
 
 class _Called(nn.Module):
-    """A detector that is called with its images alone."""
+    """A detector that is called only with its images."""
 
     def __init__(self, detector: nn.Module, targets: list[dict[str, Tensor]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, with a checksum, and with the one before kept.
+"""Checkpoints: written whole or not at all, with a checksum; the one before is kept.
 
 A checkpoint is what torch.save writes (a ZIP archive, so any torch.load reads it) with the SHA-256 of everything before
 it as the archive's comment. A directory holds latest.pt, previous.pt (the latest one before), best.pt and, if asked
@@ -40,7 +40,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def save_sharded(state: dict[str, Any], path: Path, processes: Processes) -> None:
-    """The same for a directory NAME.dcp, by all processes together."""
+    """`save` for sharded weights: a directory NAME.dcp, written by all processes together."""
     sharded_checkpoint.save({"format": FORMAT, **state}, path, processes, lambda: _make_room(path))
 
 
@@ -50,7 +50,7 @@ def find(directory: Path, *names: str) -> list[Path]:
 
 
 def _make_room(path: Path) -> None:
-    """Of each name there is one checkpoint, whatever its kind; the latest one, if it is whole, becomes the previous."""
+    """Each name has one checkpoint, of whatever kind. The latest one, if it is whole, becomes the previous."""
     for old in find(path.parent, path.stem):
         if path.stem == "latest" and _whole(old):
             previous = old.with_stem("previous")

@@ -21,7 +21,7 @@ class Damaged(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same directory; renamed to `path` when the block ends well, removed when it fails.
 
-    Every writer has its own. A killed process leaves its one behind: see `sweep`.
+    Every writer has a temporary path of its own. A killed process leaves it behind: see `sweep`.
     """
     _make_parent(path)
     temporary = temporary_beside(path)
@@ -45,9 +45,9 @@ def _make_parent(path: Path) -> None:
 
 @contextmanager
 def disk_errors_naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names `path`, not a temporary file; so does what torch.save makes of one.
+    """An OSError of the block names `path`, not a temporary file, also if torch.save hides it behind another error.
 
-    For a full disk it says "unexpected pos 3392 vs 3350"; the reason is the exception behind that.
+    For a full disk torch.save says "unexpected pos 3392 vs 3350"; the reason is the exception behind that.
     """
     try:
         yield
@@ -66,7 +66,7 @@ _TEMPORARY = re.compile(r"\.(latest|previous|best|epoch-\d+|metrics|evaluation)-
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `temporary_beside` makes such a name for one of a run's own files."""
+    """Whether `temporary_beside` gives such a name to one of a run's own files."""
     return _TEMPORARY.fullmatch(name) is not None
 
 

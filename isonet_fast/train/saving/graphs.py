@@ -1,4 +1,4 @@
-"""Files of a network as a graph, for those who have not this package: NAME.onnx, and NAME.pt2 of torch.export.
+"""Files of a network as a graph, for those who do not have this package: NAME.onnx, and NAME.pt2 of torch.export.
 
 The graph holds standard operators only, takes batches of any size (N, C, H, W) of one image size, and returns logits
 (N, classes), as in evaluation.

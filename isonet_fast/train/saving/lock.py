@@ -1,8 +1,8 @@
 """One run at a time in a directory: a lock that dies with its process.
 
 The system locks the file `.isonet_fast.lock` in the directory with a record lock, which NFS passes on to its server and
-which no child process inherits. A process that is killed loses it at once, and the next run takes it over. Where a file
-system knows no locks, the file counts by being there, until the process that it names is dead.
+which no child process inherits. A process that is killed loses it at once, and the next run takes it over. On a file
+system without locks the file itself is the lock, until the process that it names is dead.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ except ImportError:
     import msvcrt  # Windows
 
 NAME = ".isonet_fast.lock"
-_BEYOND = 1 << 30  # Windows keeps others from reading what is locked: a byte behind the content is
+_BEYOND = 1 << 30  # the locked byte, behind the content: Windows keeps others from reading what is locked
 _held: set[tuple[int, int]] = set()  # device and inode: record locks do not keep a process from its own
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory`, which is made; BlockingIOError that says who holds it already.
+    """Hold `directory`, which is made if it is missing. A BlockingIOError says who holds it already.
 
     Directories that were made and are empty at the end are removed.
     """
@@ -78,7 +78,7 @@ def _acquire(path: Path) -> int:
 
 
 def _held_here(path: Path) -> bool:
-    """Whether this process holds it. To open and close the file once more would give the lock up."""
+    """Whether this process holds the lock. Opening and closing the file once more would give the lock up."""
     try:
         return _key(path.stat()) in _held
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _sign(file: int) -> None:
 
 
 def _holder(path: Path) -> dict[str, Any]:
-    """What the holder wrote; empty where it has not yet, or somebody else wrote the file."""
+    """What the holder wrote into the file; empty if it has not yet, or if somebody else wrote the file."""
     try:
         about = json.loads(path.read_text())
         return about if {"host", "pid", "started", "since"} <= about.keys() else {}

@@ -66,7 +66,7 @@ RULES = {
 
 
 def changes(former: Any, now: Any, rules: Mapping[str, ChangeRule] = RULES) -> list[str]:
-    """What differs, as "optimizer.lr 0.01 -> 0.02"; ValueError that names the keys that must not."""
+    """What differs, as "optimizer.lr 0.01 -> 0.02"; ValueError names the keys that must not change."""
     old, new = flat(former.as_dict()), flat(now.as_dict())
     differing = [key for key in new if new[key] != old[key]]
     refused = [

@@ -4,8 +4,8 @@
                 run.pt                everything else of the run's state, by torch.save
                 manifest.json         SHA-256 of each of these files
 
-It is read as the state that a run of one process saves, with whole tensors: so the run goes on with any number of
-processes, sharded or not, and every command that takes a file takes the directory.
+It is read as the state that a run of one process saves, with whole tensors. So any number of processes can resume the
+run, sharded or not, and every command that takes a file takes the directory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save(state: dict[str, Any], path: Path, processes: Processes, before: Callab
 
     before: called on rank 0 when everything is written, just before the new directory takes its name.
     """
-    import torch.distributed.checkpoint as dcp  # here and below: seconds that nobody else should wait
+    import torch.distributed.checkpoint as dcp  # imported here and below, because it takes seconds
     from torch.distributed.checkpoint.api import CheckpointException
 
     temporary = processes.from_main(lambda: _begin(path))
@@ -91,7 +91,7 @@ def load(path: Path) -> dict[str, Any]:
     stored = metadata.state_dict_metadata
     tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in stored.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one process reads alone, which is meant
+        warnings.simplefilter("ignore", UserWarning)  # about a single process that reads, which is meant
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return _put_together(state, tensors)
 

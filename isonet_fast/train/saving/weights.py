@@ -1,4 +1,4 @@
-"""Files of a network's weights alone, NAME.pt or NAME.safetensors: a plain state_dict, and beside it which network."""
+"""Files with only a network's weights, NAME.pt or NAME.safetensors: a plain state_dict, and which network it is of."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config import Model
 from .files import disk_errors_naming, replacing
 
 SUFFIXES = (".pt", ".safetensors")
-_KEY = "isonet_fast"  # of the configuration in a file's metadata: the state_dict's own, or that of safetensors
+_KEY = "isonet_fast"  # the configuration's key in the metadata of a state_dict or of safetensors
 
 
 def write(model: nn.Module, config: Model, path: Path) -> None:
