@@ -23,7 +23,7 @@ from .step import Step
 
 CATEGORIES = ("convolution", "SReLU", "penalty", "optimizer", "rest")
 PATTERNS = (  # names of operators and kernels; the outermost owner that matches decides
-    ("penalty", r"^bench:penalty$|orthogonality|_(pack|gram|grad|finish)_kernel"),
+    ("penalty", r"^bench:penalty$|orthogonality|^(pack|transform|gram|grad|transform_back|finish)_kernel$"),
     ("optimizer", r"^Optimizer\.step"),
     ("SReLU", r"^bench:SReLU$|srelu"),
     ("convolution", r"^aten::(_?convolution|conv\d?d|cudnn_conv|mkldnn_conv|_conv|thnn_conv|slow_conv)"),

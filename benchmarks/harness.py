@@ -26,11 +26,13 @@ from .clocks import Call, Clock, CudaClock
 QUICK = 110.0  # seconds of `--quick` on a CPU, unless it is told otherwise
 ROUNDS = 25  # samples of each provider, at most
 SECONDS = {"cpu": 2.0, "cuda": 1.0}  # for the samples of one group, unless three rounds take longer
-NEEDS = {  # all that an op's rows named isonet_fast are made with; other ops need every kernel
+NEEDS = {  # all that our rows of an op, or of one provider, are made with; others need every kernel
     "srelu": ("SReLU",),
     "residual_srelu": ("SReLU",),
     "orthogonality": ("the penalty",),
     "orthogonality_host": ("the penalty",),
+    "step": ("SReLU", "the penalty"),
+    "isonet_fast without penalty": ("SReLU",),
 }
 Built = TypeVar("Built")
 
@@ -229,7 +231,7 @@ class Session:
         """(error, peak bytes) of a provider that is right; None, reported, of one that is not or fails."""
         try:
             if contender.provider.startswith("isonet_fast"):
-                self.demand(workload.op)
+                self.demand(workload.op, contender.provider)
             with torch.enable_grad():
                 wrong = contender.check() if contender.check else None
             if wrong is not None and not wrong <= tolerance:
@@ -241,10 +243,11 @@ class Session:
             self._failed(workload, contender.provider, failure)
             return None
 
-    def demand(self, op: str) -> None:
+    def demand(self, op: str, provider: str = "isonet_fast") -> None:
         """Nothing but our kernels may be timed under our name: raises RuntimeError where one can't serve this op."""
+        needs = NEEDS.get(provider) or NEEDS.get(op.partition(",")[0], self._lacking)
         for what in self._lacking:
-            if what in NEEDS.get(op.partition(",")[0], self._lacking):
+            if what in needs:
                 raise RuntimeError(f"{what} has no CUDA kernel here: {self._lacking[what]}")
 
     def _failed(self, workload: Workload, provider: str, failure: Exception) -> None:

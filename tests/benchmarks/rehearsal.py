@@ -5,7 +5,7 @@
 The benchmarks take every branch that they take on a GPU: torch.cuda's clocks, streams and graphs are stood in for here,
 tensors stay on the CPU, networks and shapes are tiny, and the penalty's launches go to a driver that launches nothing
 where no result is checked. Rows, figures and tables go to the folder. $REHEARSAL_FAILS names a part that crashes,
-$REHEARSAL_HANGS one that never ends.
+$REHEARSAL_HANGS one that never ends, and $REHEARSAL_REFUSES is why neither we nor torch.compile can compile for Triton.
 """
 
 from __future__ import annotations
@@ -110,6 +110,10 @@ def without_cuda(torch, function):
     return call
 
 
+def refuse(reason, *arguments, **options):
+    raise RuntimeError(reason)
+
+
 def shrink(torch, folder):
     """Every module of the benchmarks as it is, with tiny problems, short samples and its results in the folder."""
     from benchmarks import (
@@ -143,10 +147,13 @@ def shrink(torch, folder):
     harness.ROUNDS, harness.SECONDS = 3, {"cpu": 0.0}
     harness.CudaClock = clocks.CudaClock
     bench_step.SECONDS = {"cpu": 0.0}
-    kernels.why_not = lambda device: None
+    refused = os.environ.get("REHEARSAL_REFUSES")
+    kernels.why_not = lambda device: refused
 
     compiled, build, bound = providers.compiled, providers.build, providers.matmul_bound
     providers.compiled = lambda function, dry, mode=None: without_cuda(torch, compiled(function, True))
+    if refused:
+        accuracy.kernels = providers.compiled = functools.partial(refuse, refused)
     providers.build = lambda name: build(name if name.startswith("cifar") else "cifar8")
     providers.matmul_bound = lambda flops, *rest: bound(min(flops, 1e6), *rest)
     bench_srelu.activation_shapes = lambda network, kind, batch: [(batch, 16, 2, 2), (batch, 8, 1, 1)]
@@ -156,12 +163,15 @@ def shrink(torch, folder):
     run_all.GRACE = 4.0
     cases = bench_step.cases
     bench_step.cases = lambda session: tuple(
-        [case._replace(batch=2, size=32 if case.depth else 8) for case in part[:2]] for part in cases(session)
+        [case._replace(batch=2, size=32 if case.depth else 8) for case in part[:most]]
+        for part, most in zip(cases(session), (2, 1), strict=True)
     )
     bench_scaling.SIZE = 8
     bench_scaling.VARY = {name: ([value[0][0]], [value[0][0]]) for name, value in bench_scaling.VARY.items()}
     measure = accuracy.measure
-    accuracy.measure = lambda size, seeds, device: measure(size._replace(channels=8), 1, torch.device("cpu"))
+    accuracy.measure = lambda size, seeds, device, failures: measure(
+        size._replace(channels=8), 1, torch.device("cpu"), failures
+    )
     bench_host.without_gpu = without_cuda(torch, bench_host.without_gpu)
     return bench_host.without_gpu
 

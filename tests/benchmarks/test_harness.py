@@ -184,7 +184,11 @@ def test_the_latest_group_that_holds_every_provider():
 
 
 @pytest.mark.parametrize(
-    ("failing", "left_out"), [("SReLU", {"srelu", "step"}), ("the penalty", {"orthogonality", "step"})]
+    ("failing", "left_out"),
+    [
+        ("SReLU", {("srelu", "isonet_fast"), ("step", "isonet_fast"), ("step", "isonet_fast without penalty")}),
+        ("the penalty", {("orthogonality, scaling", "isonet_fast"), ("step", "isonet_fast")}),
+    ],
 )
 def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session, failing, left_out):
     """One probe fails: the other op's kernels are timed, and everybody else's."""
@@ -192,8 +196,11 @@ def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session,
     monkeypatch.setattr(harness._library, "why_not", lambda device: reasons["SReLU"])
     monkeypatch.setattr(harness.kernels, "why_not", lambda device: reasons["the penalty"])
     session._lacking = harness.lacking(session.device)
-    for op in ("srelu", "orthogonality", "step"):
-        contenders = [Contender(provider, lambda: None) for provider in ("official", "isonet_fast")]
-        timed = session.compare(Workload(op, "forward", "2", "float32"), contenders)
-        assert set(timed) == {"official"} if op in left_out else {"official", "isonet_fast"}
+    timed = set()
+    wanted = [(op, provider) for op in ("srelu", "orthogonality, scaling") for provider in ("official", "isonet_fast")]
+    wanted += [("step", provider) for provider in ("official", "isonet_fast", "isonet_fast without penalty")]
+    for op, provider in wanted:
+        found = session.compare(Workload(op, "forward", "2", "float32"), [Contender(provider, lambda: None)])
+        timed |= {(op, name) for name in found}
+    assert timed == {*wanted} - left_out
     assert session.failures == len(left_out)

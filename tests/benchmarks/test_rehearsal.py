@@ -63,3 +63,19 @@ def test_the_parts_that_fail_above(part, tmp_path):
     done = rehearse(tmp_path, *command)
     assert done.returncode == 0, done.stderr[-4000:]
     assert any(row["provider"] == "isonet_fast" for row in rows.read(tmp_path / "results"))
+
+
+def test_a_failing_probe_and_a_failing_provider(tmp_path):
+    """Without a C compiler neither the penalty's kernels nor torch.compile work: everybody else leaves rows."""
+    reason = "Failed to find C compiler"
+    for command in (["bench_step", "--quick", "--device", "cuda"], ["accuracy"]):
+        command = [str(HERE / "rehearsal"), "-m", f"benchmarks.{command[0]}", *command[1:]]
+        done = rehearse(tmp_path, *command, REHEARSAL_REFUSES=reason)
+        assert done.returncode == 3, done.stderr[-4000:]
+        failed = [line for line in done.stderr.splitlines() if "FAILED" in line]
+        assert failed and all(reason in line for line in failed), failed
+    found = rows.read(tmp_path / "results")
+    timed = {row["provider"] for row in found if row["op"] == "step"}
+    assert timed >= {"official", "bare", "isonet_fast without penalty"} and not timed & {"isonet_fast", "compile"}
+    exact = {row["provider"] for row in found if row["op"] == "orthogonality_accuracy"}
+    assert exact >= {"tf32", "bf16x3", "official"} and not exact & {"isonet_fast", "isonet_fast highest"}
