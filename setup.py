@@ -51,7 +51,7 @@ def demanded() -> bool:
 
 
 def executable(name: str) -> str | None:
-    """On the PATH, or beside the Python that runs (pip installs cmake and ninja there)."""
+    """The program on the PATH, or beside the Python that runs (pip installs cmake and ninja there)."""
     return shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
 
 

@@ -40,8 +40,8 @@ def penalised(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def flops(convs: Sequence[nn.Conv2d], gradient: bool, cuda: bool) -> float:
-    """On a GPU: grams of half the units, three times (of unit 0 the tiles on or above the diagonal: half), and for the
-    gradient two products per gram, one at 0. On a CPU: what the closed form multiplies."""
+    """On a GPU the grams of half the units count three times (for unit 0 only the tiles on or above the diagonal: half).
+    The gradient takes two products per gram, one at unit 0. On a CPU it is what the closed form multiplies."""
     total = 0.0
     for conv in convs:
         geometry = checked_layer(conv.weight, conv.stride, conv.dilation, conv.groups, "isonet")
@@ -92,7 +92,7 @@ def by_autograd(penalty: Callable[[], Tensor], weights: list[Tensor], gradient: 
 
 
 def ours(model: nn.Module, weights: list[Tensor], gradient: bool) -> Callable[[], tuple]:
-    """As a training step has it: added to the gradients of the loss."""
+    """Our penalty as a training step uses it: its gradient is added to that of the loss."""
     regularizer = OrthoRegularizer(model, 1.0)
     if not gradient:
         return by_autograd(regularizer, weights, False)

@@ -80,8 +80,8 @@ def activation_shapes(network: str, kind: type, batch: int) -> list[Shape]:
 
 
 def cases(session: Session) -> list[ActivationCase]:
-    """With `--quick`: on a GPU every shape in bfloat16 channels_last, one of them in all formats; on a CPU a few, and
-    two sizes of which one stays in a cache, in both layouts."""
+    """All cases. With `--quick` on a GPU every shape in bfloat16 channels_last, one of them in all formats. On a CPU a
+    few, and two sizes in both layouts, of which one stays in a cache."""
     if session.dry:
         return [ActivationCase(op, (2, 5, 3, 4), torch.bfloat16, "channels_last") for op in OPS]
     batches = (256, 32) if session.cuda else (8, 2)
@@ -100,7 +100,7 @@ def cases(session: Session) -> list[ActivationCase]:
 
 
 def usual(session: Session, case: ActivationCase) -> bool:
-    """In the format that training uses on this device."""
+    """Whether the case is in the format that training uses on this device."""
     return (case.dtype, case.layout) == ((torch.bfloat16, "channels_last") if session.cuda else (torch.float32, "nchw"))
 
 
@@ -131,7 +131,7 @@ class Inputs:
         bias = (grid((case.shape[1],), generator) / 4).requires_grad_()  # a float32 master, as under autocast
         scale = [torch.full((), 0.5, device=device, requires_grad=True)] if case.op.endswith("scale") else []
         self.arguments = [*activations, bias, *scale]
-        # Of at most two bits, so that its product with a branch, the gradient of a scale, is exact in bfloat16 too
+        # At most two bits, so that its product with a branch, the gradient of a scale, is exact in bfloat16 too
         grad = torch.randint(-3, 4, case.shape, generator=generator, device=device).to(case.dtype)
         self.grad = grad.to(memory_format=LAYOUTS[case.layout])
 

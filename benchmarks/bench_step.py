@@ -44,7 +44,7 @@ class TrainingCase(NamedTuple):
 
 
 def cases(session: Session) -> tuple[list[TrainingCase], list[TrainingCase]]:
-    """Those of interest, also compiled; and the rest."""
+    """The cases of interest, which are also compiled, and the rest."""
     if session.dry:
         return [TrainingCase("cifar8", 2, 8)], []
     if session.cuda:

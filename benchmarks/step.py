@@ -79,7 +79,7 @@ class Step:
 
 
 def truth(model: nn.Module, x: Tensor, y: Tensor) -> dict[float, dict[str, Tensor]]:
-    """In float64, for gamma = 0 and 1: the network in the official arithmetic, the penalty by its definition.
+    """Loss and gradients in float64, by gamma (0 and 1): official arithmetic, and the penalty by its definition.
 
     At the gamma of training the penalty's gradient would hide in the network's rounding.
     """

@@ -44,7 +44,7 @@ def cases(rows: Iterable[Row], **where: str) -> list[dict[str, str]]:
 
 
 def ratios(rows: list[Row], over: str, under: str, where: Iterable[dict[str, str]]) -> dict[str, float]:
-    """By case: time of `over` divided by time of `under`, both measured side by side."""
+    """For each case the time of `over` divided by the time of `under`, both measured side by side."""
     found = {}
     for workload in where:
         if both := group(rows, (over, under), **workload):

@@ -44,7 +44,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    penalty = reg.last_total()  # of all shares: every rank must ask
+    penalty = reg.last_total()  # the sum of all shares: every rank must ask
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     others = [torch.empty_like(weights) for _ in range(ranks)]
     dist.all_gather(others, weights)

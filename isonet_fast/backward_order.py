@@ -41,7 +41,7 @@ class BackwardOrder:
             gone.handle.remove()
 
     def added(self, weights: Sequence[Tensor]) -> None:
-        """To be called after accumulate_grad_(), with the weights that got a gradient: none if the call was not due."""
+        """Call this after accumulate_grad_(), with the weights that got a gradient: none if the call was not due."""
         self._hooks.added(weights)
 
     def check(self, weights: Sequence[Tensor]) -> None:

@@ -98,7 +98,7 @@ def activations(shape, dtype, device, bias_dtype=None):
 
 
 def random_weight(shape):
-    """Of a trained layer's size."""
+    """A weight of a trained layer's size."""
     return torch.randn(shape) / max(1, math.prod(shape[1:])) ** 0.5
 
 

@@ -154,7 +154,7 @@ def fsdp_weights_exchanged():
 
 
 def fsdp_built_after_an_evaluation():
-    """Which leaves the outermost module gathered."""
+    """An evaluation leaves the outermost module gathered."""
     model = fsdp(each=False)[0]
     with torch.no_grad():
         task(model, 0)
@@ -179,7 +179,7 @@ def fsdp_summary():
 
 
 def fsdp_layer_replaced():
-    """By one that is not sharded: refused. By one that is: followed."""
+    """A layer that is not sharded is refused in its place, a sharded one is followed."""
     model, reg = fsdp()
     reg()
 

@@ -23,7 +23,7 @@ def words(outputs, inputs, kernel, stride=1, dilation=1, groups=1, penalty="lort
 
 
 def descend(defect, shape, seed, tolerance_change=1e-9):
-    """Where `defect` takes random weights of this shape."""
+    """The weights to which descent on `defect` leads from random ones of this shape."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator, dtype=DOUBLE) / shape[1:].numel() ** 0.5
     weight.requires_grad_()

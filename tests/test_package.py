@@ -60,7 +60,7 @@ def test_public_name_is_there_and_documented(name):
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_arguments_are_those_of_the_design(name):
-    """In this order; what follows them is optional."""
+    """The arguments come in this order; what follows them is optional."""
     parameters = inspect.signature(lookup(name)).parameters
     assert list(parameters)[: len(ARGUMENTS[name])] == ARGUMENTS[name]
     further = list(parameters.values())[len(ARGUMENTS[name]) :]

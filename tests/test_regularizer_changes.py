@@ -26,7 +26,7 @@ def network():
 
 
 def penalty(net):
-    """By the reference, of every convolution and OrthoLinear that has a weight of its own."""
+    """The reference's penalty of every convolution and OrthoLinear that has a weight of its own."""
     total = torch.zeros((), dtype=DOUBLE)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, OrthoLinear)) and "weight" in module._parameters:

@@ -81,7 +81,7 @@ def test_the_model_itself_may_be_the_layer():
 
 
 def test_official_filter_leaves_out_seven_by_seven_and_three_channels():
-    """Of the weight: a grouped convolution with three inputs per group is left out as well."""
+    """The weight's channels count: a grouped convolution with three inputs per group is left out as well."""
     net = nn.ModuleDict(
         {
             "stem": nn.Conv2d(4, 4, 7),

@@ -70,7 +70,7 @@ class Command:
 
 
 def ours(contents: dict, path: Path) -> None:
-    """With its right checksum and format."""
+    """Write a checkpoint of ours with its right checksum and format."""
     checkpoint.save(contents, path)
 
 
@@ -79,7 +79,7 @@ def official(contents: dict, path: Path) -> None:
 
 
 def old_format(contents: dict, path: Path) -> None:
-    """As PyTorch 1.4 wrote the published files: a bare pickle."""
+    """Write a bare pickle, as PyTorch 1.4 wrote the published files."""
     torch.save({"net": contents}, path, _use_new_zipfile_serialization=False)
 
 

@@ -20,7 +20,7 @@ DOUBLE = torch.float64
 
 
 def on_meta(name, **arguments):
-    """Without memory or arithmetic: shapes only, at the size of the network's configuration."""
+    """A network without memory or arithmetic: shapes only, at the size of its configuration."""
     with torch.device("meta"):
         model = timm.create_model(name, **arguments).eval()
         return model, torch.randn(1, *model.default_cfg["input_size"])
@@ -206,7 +206,7 @@ def test_no_published_weights_is_said():
 
 
 def test_timm_does_not_decay_srelu_biases():
-    """By its optimizer factory, with and without layer-wise learning rates; the shared scales do decay."""
+    """Its optimizer factory does not, with and without layer-wise learning rates; the shared scales do decay."""
     from timm.optim import create_optimizer_v2
 
     model = timm.create_model("isonet_cifar", depth=8, residual=True, width=4)

@@ -41,7 +41,7 @@ def pad(value: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """Where one layer lies in the device's matrices. Independent of the variant, so that shapes can be foretold."""
+    """Where one layer lies in the device's matrices, whatever the variant, so that shapes can be foretold."""
 
     layer: Layer
     units: tuple[Unit, ...]

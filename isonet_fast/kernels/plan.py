@@ -25,7 +25,7 @@ from .spectrum import Spectrum, plan_spectrum
 from .split_k import Pieces, balanced
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
-L2_BYTES = 30 << 20  # of an H100's 50 MB: half of it may belong to the other half of the chip
+L2_BYTES = 30 << 20  # of an H100's 50 MB: half of them may belong to the other half of the chip
 # What a tile's beginning and end take, and storing or loading a piece of one, in steps of the largest tiles
 GRAM_TILE, GRAM_PART = 1.5, 1.0
 GRAD_TILE, GRAD_PART = 6.5, 2.5  # the gradient's end writes

@@ -21,7 +21,7 @@ _KEYS = (
     "position",
     "ranks",
     "corrupt",
-)  # of every checkpoint
+)  # in every checkpoint
 
 
 def take(run: Run) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def configured(
 
 @pytest.mark.skipif(lower_cuda.nvcc() is None, reason="nvcc was not found")
 def test_kernels_are_hidden_and_compiled_for_every_architecture(tmp_path: pathlib.Path) -> None:
-    """Of a wheel on a machine with a GPU: what is asked of nvcc."""
+    """The options of nvcc for a release wheel, built on a machine with a GPU."""
     options = {
         "ISONET_FAST_CUDA": "ON",
         "CMAKE_CUDA_COMPILER": lower_cuda.nvcc(),

@@ -257,7 +257,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_a_gradient_that_is_added_to_counts_as_changed() -> None:
-    """By autograd: a backward that has kept it must not go on with it."""
+    """Autograd knows of the change: a backward pass that has kept the gradient must not go on with it."""
     weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 3, 3)
     x = torch.ones(4, 4, 3, 3, requires_grad=True)
     y = (x * grad).sum()

@@ -28,7 +28,7 @@ def test_kernels_agree_with_numpy_in_every_order_of_threads(emulator: ModuleType
 
 
 def test_no_access_is_outside_its_memory(emulator_build: pathlib.Path) -> None:
-    """The same under AddressSanitizer: no access outside a tensor, the workspace or shared memory."""
+    """The emulator's tests under AddressSanitizer: no access outside a tensor, the workspace or shared memory."""
     done = run_checks(emulator_build / "emulator_asan.so")
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -105,7 +105,7 @@ def test_the_first_block_takes_the_end_of_the_tensor(emulator: ModuleType, exten
 
 
 def test_a_small_forward_reaches_every_multiprocessor(emulator: ModuleType) -> None:
-    """Of an H200's 132; a large one has no more blocks for it."""
+    """An H200 has 132. A large forward gets no more blocks for it."""
     for extent in ((128 * 49, 256, 1), (4, 96, 56 * 56)):  # 3.2 and 2.4 MB of bfloat16
         partition = emulator.partition(list(extent), 8, False)
         assert partition["splits"] * partition["tiles"] >= 132, (extent, partition)

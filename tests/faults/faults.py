@@ -63,7 +63,7 @@ def killed(lab: Lab) -> Outcome:
 
 
 def several(ranks: int, *settings: str) -> list[str]:
-    """The same work for so many processes, quick to start."""
+    """The same work for `ranks` processes, quick to start."""
     return ["data.source=synthetic:264", "data.image_size=16", f"data.batch_size={24 // ranks}", *settings]
 
 

@@ -58,7 +58,7 @@ class Done:
         return self.begun[-1] if self.begun else 0
 
     def said(self) -> str:
-        """Its error message, or else its last line."""
+        """The child's error message, or else its last line."""
         lines = [line for line in self.output.splitlines() if line.strip()]
         return next((line for line in reversed(lines) if line.startswith("isonet-fast: ")), lines[-1] if lines else "")
 
@@ -164,7 +164,7 @@ class Lab:
         return Done(code, output.read_text(), steps(trace))
 
     def moment(self) -> float:
-        """In steps: from the beginning of one to somewhere in the next few."""
+        """A random time in steps, from the beginning of one to somewhere in the next few."""
         return self.rng.uniform(0, 3)
 
     def lost(self, run: Path, done: Done, damaged: bool = False) -> int:

@@ -220,7 +220,7 @@ class Trial:
         return call
 
     def _layer(self, settings: dict[str, Any]) -> nn.Module:
-        """Without its parameter: the operand takes its place."""
+        """The layer without its parameter: the operand takes its place."""
         layer = (ResidualSReLU if self.join else SReLU)(max(1, self.shape[1]), inplace=self.inplace, **settings)
         layer.__dict__["_parameters"] = {}
         return layer
@@ -279,7 +279,7 @@ class Trial:
             same_bits("the argument written over", target.detach(), output.detach())
 
     def _check_surroundings(self, target: Tensor, base: Tensor, before: Tensor) -> None:
-        """In the base of a view nothing changed but the view."""
+        """Check that nothing changed in the base of a view except the view."""
         changed = base.detach().clone()
         if _shows(target, base):
             cells = _cells(target).flatten() - base.storage_offset()  # the base is dense
@@ -382,7 +382,7 @@ def _shows(view: Tensor, base: Tensor) -> bool:
 
 
 def _cells(tensor: Tensor) -> Tensor:
-    """Of each element, its place in the storage."""
+    """The place of each element in the storage."""
     cells = torch.full((), tensor.storage_offset(), dtype=torch.int64)
     for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
         cells = cells.unsqueeze(-1) + stride * torch.arange(size)

@@ -139,7 +139,7 @@ def _check_penalty(
 
 
 class OfficialSReLU(nn.Module):
-    """As the official code has it."""
+    """SReLU as the official code has it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

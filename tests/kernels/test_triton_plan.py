@@ -106,7 +106,7 @@ def test_launches_of_a_call(depth, monkeypatch):
 
 
 def test_finish_runs_beside_the_gradient(monkeypatch):
-    """On a stream of its own, which waits for gram and for which the current one waits before it goes on."""
+    """It has a stream of its own, which waits for gram. The current stream waits for it before it goes on."""
     pytest.importorskip("triton")
     from isonet_fast.kernels import orthogonality, tables
 
@@ -382,7 +382,7 @@ class OverOffsets(Layer):
 
 @pytest.mark.parametrize("kernel", [(5, 5), (3, 3, 3), (3, 3)])
 def test_the_rule_counts_what_the_tables_multiply(kernel):
-    """Of the gradient; gram takes half of that, in either form."""
+    """The rule counts the gradient's products; gram takes half as many, in either form."""
     layer = Layer((256, 256, *kernel), (1,) * len(kernel), (1,) * len(kernel), 1, "isonet")
     over_offsets = OverOffsets(layer.shape, layer.stride, layer.dilation, 1, "isonet")
     offsets, frequencies = walk_grad(make((over_offsets,))), 256**3 * (2 * math.prod(layer.grid) - 1)

@@ -119,7 +119,7 @@ def test_initial_values_of_relu_and_of_batch_normalisation():
 
 
 def test_batch_normalisation_without_a_skip_starts_as_in_the_official_code():
-    """Its last weights are 0 there too: a constant, until they are set to 1."""
+    """The weights behind each branch are 0 there too: the network is a constant until they are set to 1."""
     net = isonet_cifar(8, activation="relu", normalisation="batch", initialisation="kaiming")
     ends = [module for name, module in net.named_modules() if name.endswith("f.b_bn")]
     assert len(ends) == 3 and not any(module.weight.any() for module in ends)

@@ -199,7 +199,7 @@ def test_compiles_without_graph_breaks(residual: bool) -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_one_activation_per_convolution_is_kept(residual: bool, device: torch.device) -> None:
-    """For the backward: the input and each SReLU's output, in the convolution's own storage. No branch, no sum."""
+    """The backward needs the input and each SReLU's output, in the convolution's own storage: no branch, no sum."""
     model = stage(BottleneckBranch, 16, 16, 1, 2, Ingredients(residual)).to(device)
     x = torch.randn(3, 16, 8, 8, device=device, requires_grad=True)
     kept: dict[int, tuple[int, ...]] = {}

@@ -84,7 +84,7 @@ def test_equals_the_official_arithmetic_at_the_initial_scale_zero():
 
 @both_kinds
 def test_the_penalty_is_the_official_one(residual):
-    """Where the official code is defined: here the strided 1x1 and 3x3 layers included."""
+    """The official code is defined for all layers here, also for the strided 1x1 and 3x3 ones."""
     net = network(residual)
     theirs = official_penalty(net)
     theirs.backward()

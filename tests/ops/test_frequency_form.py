@@ -33,7 +33,7 @@ def evaluate(weights, layer, form, units=None):
 
 
 class Multiplications(TorchDispatchMode):
-    """Those of matrix products."""
+    """Counts the multiplications of matrix products."""
 
     total = 0
 
@@ -156,7 +156,7 @@ def test_slices_of_the_frequencies_add_up(scratch, cache, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(512, 512, 3, 3), (256, 256, 5, 5), (256, 128, 5, 5), (160, 160, 3, 3, 3)])
 def test_many_frequencies_at_a_time_need_no_more_memory_than_the_official_form(shape):
-    """Whose padded product, identity and difference are alive together."""
+    """In the official form the padded product, identity and difference are alive together."""
     layer = layer_of(shape)
     square, frequencies = layer.rows**2, math.prod(layer.grid)
     planes = min(frequency_form.SCRATCH, (frequencies - 1) * layer.rows * layer.columns)

@@ -30,8 +30,8 @@ def weights_like(shape, kind, device, dtype):
 
 
 def tolerance(device, dtype):
-    """Of a bf16x3 gram and a bf16 gradient by Triton (docs/design.md, "The penalty's precision"), float32 or float64
-    elsewhere."""
+    """For a bf16x3 gram and a bf16 gradient by Triton (docs/design.md, "The penalty's precision"), or for float32 or
+    float64 elsewhere."""
     if dtype == torch.float64:
         return 1e-12, 1e-12
     return (1e-4, 1e-2) if served_by_triton(device) else (1e-5, 1e-3)

@@ -32,7 +32,7 @@ def opened(root: Path, evaluating: bool = False) -> Source:
 
 
 def pixels(path: Path, **save: object) -> bytes:
-    """Of an image of noise, written to `path` in the format of its name."""
+    """The bytes of an image of noise, written to `path` in the format of its name."""
     noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path, **save)
     return path.read_bytes()
@@ -207,7 +207,7 @@ def test_the_images_of_every_kind_that_people_have(tmp_path: Path) -> None:
 
 
 def test_hidden_names_are_passed_over(photographs: Path) -> None:
-    """Those of Jupyter, macOS and version control, as classes, within classes and as images."""
+    """Jupyter, macOS and version control make such names: of classes, within classes and of images."""
     before = opened(photographs)
     for part in ("train", "val"):
         for hidden in (".ipynb_checkpoints", "cat/.ipynb_checkpoints", ".git"):
@@ -220,7 +220,7 @@ def test_hidden_names_are_passed_over(photographs: Path) -> None:
 
 
 def test_empty_class_folders_are_named_once(photographs: Path) -> None:
-    """In one part only, it is no class; in both, or with images in the other, it is."""
+    """A folder that is empty in one part is no class, unless it is in the other part too, empty or not."""
     (photographs / "train" / "New folder").mkdir()
     source = opened(photographs)
     assert source.num_classes == 2 and source.notes == [f"no images in {photographs}/train/New folder"]

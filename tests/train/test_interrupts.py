@@ -50,7 +50,7 @@ def test_under_torchrun_it_does_not(clock: list[float]) -> None:
 
 
 def test_what_is_ignored_stays_ignored() -> None:
-    """As under nohup."""
+    """nohup has SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Signals(twice_ends=True) as signals:

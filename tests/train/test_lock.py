@@ -21,7 +21,7 @@ posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork and SIGKILL are
 
 @pytest.fixture(params=["record locks", "no locks"])
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With what the system offers, and where its file system knows no locks."""
+    """Tests run with the locks of this system, and as on a file system without locks."""
     if request.param == "no locks":
         monkeypatch.setattr(lock, "_lock", lambda file: None)
     return request.param
@@ -134,7 +134,7 @@ def test_without_locks_only_the_dead_are_taken_over(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"pid": 3}'])
 def test_a_file_that_says_nothing(content: str, system: str, tmp_path: Path) -> None:
-    """Without locks it may be that of a holder who has not signed yet."""
+    """Without locks, its holder may not have signed it yet."""
     (tmp_path / lock.NAME).write_text(content)
     assert taken(tmp_path) == (system == "record locks")
 

@@ -99,7 +99,7 @@ def _goes_on(directory: Path, kind: Kind) -> bool:
 
 
 def _claim(directory: Path, kind: Kind) -> bool:
-    """`_goes_on`, once the directory is locked. If not, the name of torchrun's launch is left in it."""
+    """`_goes_on`, once the directory is locked. A new run leaves the name of torchrun's launch in it."""
     goes_on, launch = _goes_on(directory, kind), distributed.launch_name()
     if launch is not None and not goes_on:
         with disk_errors_naming(directory / _LAUNCH):

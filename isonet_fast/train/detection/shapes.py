@@ -16,7 +16,7 @@ Polygon = list[tuple[float, float]]
 
 
 def write(directory: Path, train: int = 200, val: int = 50, size: int = 64, seed: int = 0) -> None:
-    """So many images of size x size pixels for training and validation."""
+    """Write `train` and `val` images of size x size pixels."""
     (directory / "annotations").mkdir(parents=True, exist_ok=True)
     for number, (part, count) in enumerate({"train2017": train, "val2017": val}.items()):
         contents = _part(directory / part, count, size, np.random.default_rng([seed, number]))

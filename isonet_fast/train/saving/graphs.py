@@ -67,7 +67,7 @@ def _onnx(exported: torch.export.ExportedProgram, batch: torch.Tensor) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on operators of torchvision."""
+    """Hide the exporter's notes on operators of torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
