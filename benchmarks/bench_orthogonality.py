@@ -40,7 +40,7 @@ def penalised(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def flops(convs: Sequence[nn.Conv2d], gradient: bool, cuda: bool) -> float:
-    """On a GPU the grams of half the units count three times (for unit 0 only the tiles on or above the diagonal: half).
+    """On a GPU the grams of half the units count three times (for unit 0 half: the tiles on or above the diagonal).
     The gradient takes two products per gram, one at unit 0. On a CPU it is what the closed form multiplies."""
     total = 0.0
     for conv in convs:

@@ -29,7 +29,7 @@ def official_join(shortcut: Tensor, branch: Tensor, bias: Tensor, scale: Tensor 
 
 
 def official_penalty_on_device(model: nn.Module) -> Tensor:
-    """The official penalty with identities built on the device: 108 to 234 MB less to copy from the host at every step."""
+    """The official penalty, its identities built on the device: 108 to 234 MB less to copy at every step."""
     return official.official_penalty(model, next(model.parameters()).device)
 
 
