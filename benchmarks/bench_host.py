@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from isonet_fast import OrthoRegularizer
+from isonet_fast.layers import CONVOLUTIONS, official_filter
 from isonet_fast.ops import orthogonality
 
 from . import ROOT, providers
@@ -59,7 +60,8 @@ def compare(session: Session, network: str) -> None:
 
     move()
     total = regularizer()
-    weights = regularizer._gather()[0]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)]
+    weights = [module.weight for name, module in layers if official_filter(name, module)]
 
     def gradient() -> None:
         torch.autograd.grad(total, weights, retain_graph=True)
