@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from isonet_fast import reference
 from isonet_fast.geometry import Layer
 from isonet_fast.models.official import official_penalty
-from isonet_fast.ops import _library, closed_form, small_layers
+from isonet_fast.ops import closed_form, library, small_layers
 from isonet_fast.problem import Problem
 
 from . import rows
@@ -153,7 +153,7 @@ def official(weight: Tensor) -> tuple[float, Tensor]:
 def compiled(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
     plan, waves, constants = small_layers.kernel_arguments([layer], [(form, layer.units(form))])
     grad = torch.empty_like(weight)
-    losses = _library.ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
+    losses = library.ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
     return (losses - constants).item(), grad
 
 
@@ -171,7 +171,7 @@ def providers_of(size: Size, layer: Layer, device: torch.device) -> list[str]:
         chosen = [provider for provider in chosen if provider.startswith(FLOAT32)]
     if size.kernel == 7:  # which the official code leaves out
         chosen.remove("official")
-    if not (layer.small and device.type == "cpu" and _library.compiled_for("cpu")):
+    if not (layer.small and device.type == "cpu" and library.compiled_for("cpu")):
         chosen = [provider for provider in chosen if not provider.startswith("compiled kernel")]
     return chosen
 

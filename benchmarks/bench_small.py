@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from isonet_fast import reference
-from isonet_fast.ops import _library, small_layers
+from isonet_fast.ops import library, small_layers
 from isonet_fast.penalty_arguments import checked_layer
 
 from .harness import Contender, Session, Workload, parser
@@ -37,7 +37,7 @@ def compare(session: Session, channels: int, kernel: tuple[int, ...], stride: in
         plan, waves, _ = small_layers.kernel_arguments([layer] * COUNT, [(form, layer.units(form))] * COUNT)
 
         def run() -> None:
-            _library.ops.orthogonality_small_(weights, grads, plan, waves, [1.0] * COUNT, False)
+            library.ops.orthogonality_small_(weights, grads, plan, waves, [1.0] * COUNT, False)
 
         def check() -> float:
             run()
@@ -56,7 +56,7 @@ def compare(session: Session, channels: int, kernel: tuple[int, ...], stride: in
 
 def main(arguments: Sequence[str] | None = None) -> Session:
     session = Session("small", parser(__doc__).parse_args(arguments))
-    if not _library.compiled_for("cpu"):
+    if not library.compiled_for("cpu"):
         session.say("left out: the compiled kernels are not built")
         return session
     for layer in LAYERS[:1] if session.dry else LAYERS:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from isonet_fast import kernels
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 
 from . import STARTED, rows
 from .clocks import Call, Clock, CudaClock
@@ -39,7 +39,7 @@ Built = TypeVar("Built")
 
 def lacking(device: torch.device) -> dict[str, str]:
     """Which of our kernels can't serve this GPU, and why."""
-    reasons = {"SReLU": _library.why_not(device), "the penalty": kernels.why_not(device)}
+    reasons = {"SReLU": library.why_not(device), "the penalty": kernels.why_not(device)}
     return {what: why for what, why in reasons.items() if why}
 
 

@@ -46,7 +46,7 @@ inline Tensor workspace(const Tensor& x, int64_t bytes) {
 }
 
 // What became of the first launch on each device. A driver older than the toolkit that built this library, or a chip
-// that it holds no code for, refuses every launch: there the op's PyTorch implementation serves (ops/_library.py).
+// that it holds no code for, refuses every launch: there the op's PyTorch implementation serves (ops/library.py).
 struct FirstLaunch {
   std::once_flag made;
   cudaError_t error = cudaSuccess;

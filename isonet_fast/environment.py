@@ -11,7 +11,7 @@ import torch
 from . import kernels
 from ._version import __version__
 from .functional import orthogonality_loss, srelu
-from .ops import _library
+from .ops import library
 
 
 def describe() -> dict[str, str]:
@@ -56,14 +56,14 @@ def _version(package: str) -> str:
 
 
 def _elementwise(device: torch.device) -> str:
-    if why := _library.why_not(device):
+    if why := library.why_not(device):
         return f"PyTorch: {why}"
     return "CUDA kernels (csrc)" if device.type == "cuda" else "C++ kernels (csrc)"
 
 
 def _matrix(device: torch.device) -> str:
     if device.type != "cuda":
-        small = "C++ kernel (csrc) for small float32 layers, otherwise " if _library.compiled_for(device.type) else ""
+        small = "C++ kernel (csrc) for small float32 layers, otherwise " if library.compiled_for(device.type) else ""
         return f"{small}closed form"
     try:
         why = kernels.why_not(device)

@@ -8,7 +8,7 @@ import torch
 
 import isonet_fast
 from isonet_fast import environment
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 
 OPS = ("srelu, residual_srelu", "orthogonality_loss")
 
@@ -33,15 +33,15 @@ def test_prints_a_row_for_every_op_on_every_device(capsys):
 
 
 def test_says_why_the_compiled_kernels_are_not_there(monkeypatch):
-    monkeypatch.setattr(_library, "why_not_compiled", "built without the compiled kernels")
+    monkeypatch.setattr(library, "why_not_compiled", "built without the compiled kernels")
     served = environment.describe()
     assert served["srelu, residual_srelu on cpu"] == "PyTorch: built without the compiled kernels"
     assert served["orthogonality_loss on cpu"] == "closed form"
 
 
 def test_says_that_the_compiled_kernels_serve():
-    if _library.why_not_compiled:
-        pytest.skip(_library.why_not_compiled)
+    if library.why_not_compiled:
+        pytest.skip(library.why_not_compiled)
     served = environment.describe()
     assert served["srelu, residual_srelu on cpu"] == "C++ kernels (csrc)"
     assert served["orthogonality_loss on cpu"].startswith(

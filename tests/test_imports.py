@@ -144,13 +144,27 @@ def test_triton_is_imported_in_kernels_alone() -> None:
     assert not [module for module in elsewhere if any(name.partition(".")[0] == "triton" for name in GRAPH[module])]
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
 def test_no_module_imports_a_private_name_of_another() -> None:
-    private = [
+    found = [
         f"{name} imports {module}.{alias.name}"
         for name, path in MODULES.items()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and (module := imported_from(name, node)).startswith("isonet_fast")
         for alias in node.names
-        if alias.name.startswith("_") and f"{module}.{alias.name}" not in MODULES and not alias.name.endswith("__")
+        if private(alias.name) and f"{module}.{alias.name}" not in MODULES
     ]
-    assert not private
+    assert not found
+
+
+def test_a_private_module_is_imported_in_its_own_folder_only() -> None:
+    found = [
+        f"{name} imports {target}"
+        for name, targets in INSIDE.items()
+        for target in targets
+        if private(target.rpartition(".")[2]) and not f"{name}.".startswith(target.rpartition(".")[0] + ".")
+    ]
+    assert not found

@@ -58,7 +58,7 @@ def test_a_build_without_kernels_keeps_no_library_of_an_earlier_one_and_says_why
     result = setup(sources, "build_ext", "--inplace", ISONET_FAST_KERNELS="0")
     assert result.returncode == 0 and not stale.exists()
     assert "installing without compiled kernels (ISONET_FAST_KERNELS=0)" in result.stderr
-    code = "from isonet_fast.ops import _library; print(_library.why_not_compiled)"
+    code = "from isonet_fast.ops import library; print(library.why_not_compiled)"
     said = run([sys.executable, "-c", code], sources).stdout
     assert said.startswith("built without the compiled kernels: ISONET_FAST_KERNELS=0 (")
 

@@ -19,7 +19,7 @@ from ..gradient_layout import layout_of
 from ..penalty_arguments import check_gradients
 from ..problem import Problem, read
 from . import closed_form, small_layers
-from ._library import implement, ops
+from .library import implement, ops
 
 # `problem` is `Problem.text`: to pass one list per property would take longer than to launch the kernels. The backward
 # returns one buffer per dtype (gradient_layout.py), because the results of an op must not share memory. If a later

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import summing, wide
-from ._library import implement, ops
+from .library import implement, ops
 from .srelu import blocked, channel_sum, gradients, per_channel, standard_gradients
 
 

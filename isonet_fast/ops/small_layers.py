@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..geometry import Frequency, Layer
-from . import _library
+from . import library
 from .closed_form import Work
 
 
 def members(weights: Sequence[Tensor], layers: Sequence[Layer], grads: Sequence[Tensor] = ()) -> list[int]:
     """Indices of the layers that the kernel serves; `grads`, if any, are what it would write to."""
-    if not _library.compiled_for("cpu"):
+    if not library.compiled_for("cpu"):
         return []
     return [
         n
@@ -61,7 +61,7 @@ def _waves(layer: Layer, frequencies: tuple[Frequency, ...]) -> Tensor:
     return torch.cat([angles[:, :half].cos(), angles[:, half:].sin()], 1).float().flatten()
 
 
-_library.define(
+library.define(
     "orthogonality_small_(Tensor[] weights, Tensor(a!)[] grads, Tensor plan, Tensor waves, float[] scale, bool add) "
     "-> Tensor"
 )

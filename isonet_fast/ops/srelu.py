@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import summing
-from ._library import implement, ops
+from .library import implement, ops
 
 
 def per_channel(bias: Tensor, x: Tensor) -> Tensor:

@@ -193,7 +193,7 @@ def test_the_latest_group_that_holds_every_provider():
 def test_a_kernel_that_is_missing_costs_only_what_needs_it(monkeypatch, session, failing, left_out):
     """One probe fails: the other op's kernels are timed, and everybody else's."""
     reasons = {"SReLU": None, "the penalty": None} | {failing: "no kernel image is available"}
-    monkeypatch.setattr(harness._library, "why_not", lambda device: reasons["SReLU"])
+    monkeypatch.setattr(harness.library, "why_not", lambda device: reasons["SReLU"])
     monkeypatch.setattr(harness.kernels, "why_not", lambda device: reasons["the penalty"])
     session._lacking = harness.lacking(session.device)
     timed = set()

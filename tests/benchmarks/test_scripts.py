@@ -15,9 +15,9 @@ from benchmarks.harness import Session, parser
 from isonet_fast import functional
 from isonet_fast.models.official import bare, official, official_penalty
 from isonet_fast.nn import SReLU
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 
-compiled = pytest.mark.skipif(not _library.compiled_for("cpu"), reason="needs the compiled library")
+compiled = pytest.mark.skipif(not library.compiled_for("cpu"), reason="needs the compiled library")
 
 
 @pytest.fixture(autouse=True)

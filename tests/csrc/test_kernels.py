@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 from tests.cases import DTYPES, EMPTY, LAYOUTS, SHAPES, activations, per_channel
 
-if _library.why_not_compiled:
-    pytest.skip(_library.why_not_compiled, allow_module_level=True)
+if library.why_not_compiled:
+    pytest.skip(library.why_not_compiled, allow_module_level=True)
 
 ops = torch.ops.isonet_fast
 

@@ -9,13 +9,13 @@ from torch.library import opcheck
 
 from isonet_fast import reference
 from isonet_fast.geometry import PENALTIES
-from isonet_fast.ops import _library, orthogonality, small_layers
+from isonet_fast.ops import library, orthogonality, small_layers
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
 from tests.cases import EMPTY_LAYERS, LAYERS, assert_accurate, layouts, random_weight
 
-if _library.why_not_compiled:
-    pytest.skip(_library.why_not_compiled, allow_module_level=True)
+if library.why_not_compiled:
+    pytest.skip(library.why_not_compiled, allow_module_level=True)
 
 ops = torch.ops.isonet_fast
 

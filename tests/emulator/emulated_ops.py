@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from isonet_fast.ops import _library  # before pytest puts the repository first on sys.path
+from isonet_fast.ops import library  # before pytest puts the repository first on sys.path
 
 
 def main() -> int:
-    assert _library.COMPILED == pathlib.Path.cwd() / "isonet_fast" / "_C.so", _library.COMPILED
-    assert _library.why_not_compiled is None, _library.why_not_compiled
+    assert library.COMPILED == pathlib.Path.cwd() / "isonet_fast" / "_C.so", library.COMPILED
+    assert library.why_not_compiled is None, library.why_not_compiled
     code = pytest.main(sys.argv[1:])
-    print(f"{ctypes.CDLL(str(_library.COMPILED)).emulated_launches()} launches")
+    print(f"{ctypes.CDLL(str(library.COMPILED)).emulated_launches()} launches")
     return code
 
 

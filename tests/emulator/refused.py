@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from isonet_fast import functional, reference
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 
 
 def main() -> None:
@@ -22,9 +22,9 @@ def main() -> None:
                 torch.testing.assert_close(a, b)
         functional.srelu(x.detach().clone(), bias.detach(), inplace=True)
     reason = "its first launch failed: no kernel image is available"
-    assert _library._refusal(x.device) == reason
+    assert library._refusal(x.device) == reason
     assert [str(w.message) for w in caught] == [f"isonet_fast: PyTorch serves SReLU on cpu: {reason}"]
-    print(f"{ctypes.CDLL(str(_library.COMPILED)).emulated_launches()} launches")
+    print(f"{ctypes.CDLL(str(library.COMPILED)).emulated_launches()} launches")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import nn
 
 from isonet_fast import OrthoRegularizer, functional, init, reference
 from isonet_fast.geometry import PENALTIES
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 
 loss = functional.orthogonality_loss
 
@@ -187,10 +187,10 @@ def test_a_scale_may_be_any_real_number(scale):
 @pytest.mark.parametrize("shape", [(16, 3), (3, 16), (16, 1), (64, 2), (128, 8), (5, 129), (2, 4, 3, 3), (16, 1, 5)])
 def test_the_gradient_of_few_rows_is_exact_near_the_optimum(shape, compiled, monkeypatch):
     """G - I is a small difference, and with few rows its rounding errors do not average out."""
-    if compiled and _library.why_not_compiled:
-        pytest.skip(_library.why_not_compiled)
+    if compiled and library.why_not_compiled:
+        pytest.skip(library.why_not_compiled)
     if not compiled:
-        monkeypatch.setattr(_library, "compiled_for", lambda device: False)
+        monkeypatch.setattr(library, "compiled_for", lambda device: False)
     for seed in range(100):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         for weight in (init.delta_(torch.empty(shape)), nn.init.orthogonal_(torch.empty(shape)), 0 * noise):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from isonet_fast import functional, reference
-from isonet_fast.ops import _library
+from isonet_fast.ops import library
 from isonet_fast.ops.srelu import _srelu, _srelu_backward
 from tests.cases import DTYPES, EMPTY, SHAPES, activations, assert_accurate, layouts
 
@@ -108,7 +108,7 @@ def test_a_gpu_is_served_by_its_kernels(device):
     """Else everything here would test PyTorch, and pass."""
     if device.type != "cuda":
         pytest.skip("no GPU")
-    assert _library.compiled_for("cuda"), _library.why_not_compiled or "built without CUDA kernels"
+    assert library.compiled_for("cuda"), library.why_not_compiled or "built without CUDA kernels"
 
 
 def test_opcheck(device):
