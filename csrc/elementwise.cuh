@@ -36,8 +36,8 @@
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* const name = reinterpret_cast<type*>(name##_raw)
 #define ISONET_FAST_COUNT(what, bytes)
-// A grid may be launched while the one before it still runs, once all of that one's blocks have called the first;
-// what they write can be read after the second (programmatic dependent launch).
+// Programmatic dependent launch: a grid may start while the one before it still runs, once all blocks of that one have
+// called the first. What those blocks write can be read after the second.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define ISONET_FAST_LET_NEXT_GRID_START() asm volatile("griddepcontrol.launch_dependents;")
 #define ISONET_FAST_AWAIT_GRID() asm volatile("griddepcontrol.wait;" ::: "memory")

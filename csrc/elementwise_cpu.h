@@ -39,8 +39,8 @@ ISONET_FAST_INLINE void apply(const T* const (&in)[3], T* const (&out)[2], int64
 }
 
 // Sums of a small tensor are kept in double from the first term on, where a product of two floats is exact: a sum of few
-// terms may cancel, and then every rounding shows. Longer loops would lose a quarter of their speed in a cache; there
-// sums are kept in float32 (float64) for so many additions at most, and added up in double.
+// terms may cancel, and then every rounding shows. Longer loops would lose a quarter of their speed in a cache; they
+// keep sums in float32 (float64) for one block of additions, and add the blocks up in double.
 constexpr int64_t kExactSums = 4096;  // elements of the tensor
 constexpr int64_t kRunBlock = 1024;  // elements, in some 16 vector lanes
 constexpr int64_t kRowBlock = 32;    // rows

@@ -172,7 +172,7 @@ inline double compute_frequency(const Plan& plan, float* packed, float* grad, fl
     }
     if (grad != nullptr) run_vectors<WavesBack>(count, blocks, plan.length, size, waves, slice, grad);
   }
-  // Of the gradient's 2/n a factor 2 is the caller's, and every w stands for w and -w; 0 has taken half.
+  // Half of the gradient is the sum over all w, divided by n. Each w here stands for w and -w; compute_at halved w = 0.
   if (grad != nullptr) run(Unfold{}, blocks, plan.length, size, static_cast<float>(2 / n), grad);
   return squares / (2 * n);
 }

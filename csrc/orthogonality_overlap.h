@@ -32,7 +32,7 @@ struct MultiplyThin {
   }
 };
 
-// The sum of the squares, and the transpose.
+// The sum of the squares; the transpose is written to `to`.
 struct Square {
   ISONET_FAST_INLINE void operator()(int64_t stride, const float* r, float* to, double& total) const {
     for (int64_t i = 0; i < stride; i += 8)

@@ -118,7 +118,7 @@ ISONET_FAST_INLINE double sum_of_squares(const float* x, int64_t count) {
   return sum;
 }
 
-// Runs a body that is written with vectors, with the longest ones of this machine.
+// Runs a body that is written for vectors of any length, with the longest of this machine.
 template <template <int> class Body, class... Arguments>
 void run_vectors(const Arguments&... arguments) {
 #ifdef ISONET_FAST_AVX

@@ -77,7 +77,7 @@ inline int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 // `extent` holds at least one element. With sums, a block must be long enough to be worth its partial row and
 // the rows few enough to be added by one small kernel: at most about 2,048 blocks of at least 4 vectors per thread.
-// Without, 8 vectors per thread are two or four rounds of loads; 4 while that leaves multiprocessors without a block.
+// Without sums, 8 vectors per thread are two or four rounds of loads; 4 if 8 leave multiprocessors without a block.
 inline Partition make_partition(const Extent& extent, int vector, bool sums) {
   Partition p{};
   p.vector = vector;

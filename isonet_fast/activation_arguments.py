@@ -37,7 +37,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def channel_axis(name: str, x: Tensor, bias: Tensor, spatial_dims: int | str | None) -> int:
     """The axis of x that holds the channels: 1, or 0 if x is unbatched.
 
-    spatial_dims has three kinds of value. None: x is (N, C, ...) of any rank. A number: so many dimensions follow C,
+    spatial_dims has three kinds of value. None: x is (N, C, ...) of any rank. A number: this many dimensions follow C,
     and x may have a batch or not. "inferred": an x of one dimension is unbatched. An x of three dimensions is an
     unbatched (C, H, W) if its second axis does not have length C. A (C, C, L) could be either, so it is refused.
     """

@@ -126,7 +126,7 @@ class Layer:
 
     @property
     def excess(self) -> int:
-        """By how many one group's rows outnumber the operator's columns: so many eigenvalues of R are -1 at best."""
+        """By how many one group's rows outnumber the operator's columns. At best this many eigenvalues of R are -1."""
         return max(0, self.rows - self.columns * self._phases)
 
     @property
@@ -171,7 +171,7 @@ class Layer:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """n_i = 2 m_i - 1: so many frequencies per dimension hold the support of G without wrapping."""
+        """n_i = 2 m_i - 1: this many frequencies per dimension hold the support of G without wrapping."""
         return tuple(max(0, 2 * m - 1) for m in self.periods)
 
     @cached_property

@@ -17,10 +17,10 @@ from .layout import PANEL, RESIDUAL_PANEL, field, int32_columns
 from .split_k import SPLIT_COLUMNS, add_pieces, store_piece
 
 # One row per tile, or per piece of a tile. A rectangle of overlapping taps is `depth` x `height` x `width`; its first
-# pair is in rows `a_row` and `b_row` of `planes`, and a step along each side is so many rows further. `columns` are
-# contracted, a chunk per step; a piece is steps `first` to `last`. `out` and `mirror` are the places of the tile and of
-# its transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal entries; the tile's
-# square sum counts `halves` times one half. split_k.py describes the last four.
+# pair is in rows `a_row` and `b_row` of `planes`, and a step along a side is as many rows further as its `_step` says.
+# `columns` are contracted, a chunk per step; a piece is steps `first` to `last`. `out` and `mirror` are the places of
+# the tile and of its transpose in `residual` (mirror_row -1: none). 1 is subtracted from the first `ones` diagonal
+# entries; the tile's square sum counts `halves` times one half. split_k.py describes the last four.
 GRAM = int32_columns(
     "partial layer a_row b_row first last depth height width depth_step height_step width_step panel_rows columns "
     "out_row out_column mirror_row mirror_column ones halves " + SPLIT_COLUMNS,

@@ -21,7 +21,7 @@ def positive(name: str, value: Any) -> int:
     value = integer(name, value)
     if value < 1:
         raise ValueError(f"{name} must be a positive int, got {value}")
-    if value >= 2**31:  # no tensor of so many channels could be made
+    if value >= 2**31:  # no tensor of that many channels could be made
         raise ValueError(f"{name} must be below 2**31")
     return value
 

@@ -100,7 +100,7 @@ class Log:
 
     def close(self) -> None:
         if self.writer is not None:
-            with suppress(OSError):  # metrics.csv has the same numbers, and what ended the run is the news
+            with suppress(OSError):  # metrics.csv has the same numbers; the error that ended the run matters more
                 self.writer.close()
 
     def _read(self) -> list[dict[str, str]]:

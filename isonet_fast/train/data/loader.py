@@ -169,7 +169,7 @@ def naming_dead_workers(workers: int) -> Iterator[None]:
     except WorkerDied:
         raise
     except (ConnectionError, EOFError, RuntimeError) as error:
-        if not workers or isinstance(error, BrokenPipeError):  # nobody reads what is printed
+        if not workers or isinstance(error, BrokenPipeError):  # the reader of our output is gone
             raise
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
