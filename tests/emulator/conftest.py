@@ -13,4 +13,4 @@ def emulator_build() -> pathlib.Path:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    return build(ROOT / "build" / "emulator")
+    return build(ROOT / "build" / "emulator", targets=("emulator", "emulator_asan"))

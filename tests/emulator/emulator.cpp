@@ -64,7 +64,7 @@ void offer(py::module_& m, const char* name) {
 
 }  // namespace
 
-PYBIND11_MODULE(EMULATOR_MODULE, m) {
+PYBIND11_MODULE(emulator, m) {
   offer<SReLUForward>(m, "srelu");
   offer<SReLUBackward>(m, "srelu_backward");
   offer<ResidualSReLUForward>(m, "residual_srelu");

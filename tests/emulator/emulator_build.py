@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -39,15 +40,15 @@ def why_not() -> str | None:
     return None
 
 
-def build(directory: pathlib.Path, *options: str) -> pathlib.Path:
-    """Configure and build tests/emulator in `directory`; one process at a time (pytest-xdist)."""
+def build(directory: pathlib.Path, *options: str, targets: Sequence[str] = ("all",)) -> pathlib.Path:
+    """Configure tests/emulator in `directory` and build these targets; one process at a time (pytest-xdist)."""
     directory.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ, PATH=f"{os.environ['PATH']}:{pathlib.Path(sys.executable).parent}")
     definitions = [f"-DPython_EXECUTABLE={sys.executable}", f"-DCUDA_INCLUDE={cuda_include()}", *options]
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
     commands = (
         ["cmake", *generator, "-S", str(HERE), "-B", str(directory), *definitions],
-        ["cmake", "--build", str(directory), "--parallel", "2"],
+        ["cmake", "--build", str(directory), "--parallel", "2", "--target", *targets],
     )
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -11,7 +11,6 @@ import importlib.machinery
 import importlib.util
 import itertools
 import os
-import pathlib
 import sys
 from types import ModuleType
 from typing import Any
@@ -25,9 +24,8 @@ NUMPY = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "b
 
 
 def load(path: str) -> ModuleType:
-    name = pathlib.Path(path).name.split(".")[0]
-    loader = importlib.machinery.ExtensionFileLoader(name, path)
-    spec = importlib.util.spec_from_loader(name, loader)
+    loader = importlib.machinery.ExtensionFileLoader("emulator", path)
+    spec = importlib.util.spec_from_loader("emulator", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -6,7 +6,6 @@ One build holds all three, each behind a switch that an environment variable thr
 from __future__ import annotations
 
 import pathlib
-import shutil
 
 import pytest
 from emulator_build import ROOT, build, run_checks, why_not
@@ -42,10 +41,20 @@ inline bool planted(const char* bug) { return std::strcmp(std::getenv("EMULATOR_
 """
 
 
-def patch(path: pathlib.Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1, f"{path.name} no longer contains, once: {old}"
-    path.write_text(text.replace(old, new))
+def patch(sources: dict[str, str], file: str, old: str, new: str) -> None:
+    assert sources[file].count(old) == 1, f"{file} no longer contains, once: {old}"
+    sources[file] = sources[file].replace(old, new)
+
+
+def write(sources: dict[str, str], directory: pathlib.Path) -> None:
+    """What has not changed keeps its time, and is not compiled again."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if path.name not in sources:
+            path.unlink()
+    for name, text in sources.items():
+        if not (directory / name).exists() or (directory / name).read_text() != text:
+            (directory / name).write_text(text)
 
 
 @pytest.fixture(scope="session")
@@ -53,18 +62,18 @@ def mutants() -> pathlib.Path:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    directory = ROOT / "build" / "emulator_mutants"
-    sources = directory / "csrc"
-    shutil.rmtree(sources, ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", sources)
+    directory = ROOT / "build" / "emulator"
+    sources = {path.name: path.read_text() for path in (ROOT / "csrc").iterdir()}
     for file, old, new in BUGS.values():
-        patch(sources / file, old, new)
-    patch(sources / "partition.h", "#pragma once\n", "#pragma once\n" + SWITCH)
+        patch(sources, file, old, new)
+    patch(sources, "partition.h", "#pragma once\n", "#pragma once\n" + SWITCH)
     for dtype in ("float64", "float16", "bfloat16"):  # only float32: it compiles four times faster
         element = {"float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}[dtype]
         line = f"case DType::{dtype}: return launch_typed<{element}, Formula>(call, workspace, stream);"
-        patch(sources / "launch.cuh", line, f"case DType::{dtype}: break;")
-    return build(directory / "build", f"-DSOURCES={sources}", "-DMUTANTS=ON") / "emulator_asan.so"
+        patch(sources, "launch.cuh", line, f"case DType::{dtype}: break;")
+    write(sources, directory / "mutants")
+    options = f"-DMUTANTS={directory / 'mutants'}"
+    return build(directory, options, targets=("emulator_mutants",)) / "emulator_mutants.so"
 
 
 def run(module: pathlib.Path, planted: str) -> tuple[int, str]:
