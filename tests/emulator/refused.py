@@ -1,12 +1,37 @@
 """Where the GPU refuses the first launch: PyTorch's results, one launch, one warning, the reason (emulated_ops.py)."""
 
+import contextlib
 import ctypes
+import io
 import warnings
+from unittest import mock
 
 import torch
 
-from isonet_fast import functional, reference
+import isonet_fast
+from isonet_fast import environment, functional, reference
 from isonet_fast.ops import library
+
+
+class Torch:
+    """torch, which makes the tensors of a GPU on the CPU."""
+
+    def __getattr__(self, name):
+        found = getattr(torch, name)
+        return (lambda *values, device: found(*values)) if name in ("zeros", "tensor", "full") else found
+
+
+def info() -> str:
+    """What isonet_fast.info() prints where the emulator is a GPU."""
+    gpu = {"is_available": lambda: True, "current_device": lambda: 0, "get_device_name": lambda: "emulator"}
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        mock.patch.multiple(torch.cuda, **gpu),
+        mock.patch.multiple(library, torch=Torch(), compiled_for=lambda device_type: True),
+        mock.patch.multiple(environment, torch=Torch(), _matrix=str, _launch_matrix=str),  # the penalty is not asked
+    ):
+        isonet_fast.info()
+    return printed.getvalue()
 
 
 def main() -> None:
@@ -24,6 +49,8 @@ def main() -> None:
     reason = "its first launch failed: no kernel image is available"
     assert library._refusal(x.device) == reason
     assert [str(w.message) for w in caught] == [f"isonet_fast: PyTorch serves SReLU on cpu: {reason}"]
+    rows = dict(line.split("  ", 1) for line in info().splitlines())
+    assert rows["srelu, residual_srelu on cuda"].strip() == f"PyTorch: {reason}", rows
     print(f"{ctypes.CDLL(str(library.COMPILED)).emulated_launches()} launches")
 
 
