@@ -98,3 +98,16 @@ def test_the_sanitizer_runs_every_tool(pretended, tmp_path, fails):
     assert (result.returncode == 0) == (fails == "nothing"), result
     _, *tools = log.read_text().splitlines()
     assert [line.split()[1] for line in tools] == ["memcheck", "racecheck"]
+
+
+def test_a_wheel_is_built_for_the_release_list_and_read_back(tmp_path):
+    """Not for the GPU of the machine that builds it. setup.py passes the list on (test_packaging.py)."""
+    environment, log = tmp_path / "environment", tmp_path / "log"
+    (environment / "bin").mkdir(parents=True)
+    fake(environment / "bin", "python", f'echo "${{ISONET_FAST_CUDA_ARCHS:-here}} $@" >> {log}')
+    (environment / ".ready").touch()
+    result = make("wheel", f"VENV={environment}", python=sys.executable)
+    assert result.returncode == 0, result
+    build, read = log.read_text().splitlines()
+    assert build == "release -m build --wheel --no-isolation"
+    assert read.startswith("here tools/wheel_architectures.py dist/")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 import venv
 from pathlib import Path
 
@@ -105,6 +106,32 @@ def test_cuda_kernels_are_built_for_a_cuda_torch_or_on_request(tmp_path, monkeyp
     if asked:
         monkeypatch.setenv("ISONET_FAST_CUDA", asked)
     assert names["cuda"]() == expected
+
+
+@pytest.mark.parametrize("asked", [None, "release"])
+def test_cmake_is_told_which_gpus_to_build_for(tmp_path, monkeypatch, asked):
+    commands = []
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("ISONET_FAST_CUDA_ARCHS", raising=False)
+    if asked:
+        monkeypatch.setenv("ISONET_FAST_CUDA_ARCHS", asked)
+    build = runpy.run_path("setup.py")["BuildKernels"]
+    build.cmake.__globals__["executable"] = lambda name: name
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    build.cmake(types.SimpleNamespace(build_temp=tmp_path), tmp_path, "ON")
+    told = [option for option in commands[0] if option.startswith("-DCMAKE_CUDA_ARCHITECTURES=")]
+    assert told == ([f"-DCMAKE_CUDA_ARCHITECTURES={asked}"] if asked else [])
+
+
+def test_published_wheels_are_built_for_the_release_list_and_read_back():
+    """As `make wheel` does it (test_makefile.py)."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text())
+    (settings,) = (step["env"] for step in workflow["jobs"]["kernels"]["steps"] if "env" in step)
+    assert "ISONET_FAST_CUDA_ARCHS=release" in settings["CIBW_ENVIRONMENT"].split()
+    assert settings["CIBW_REPAIR_WHEEL_COMMAND"].startswith(
+        "python tools/wheel_architectures.py {wheel} && auditwheel "
+    )
 
 
 def test_the_source_distribution_is_whole_and_holds_no_binary(sources):
