@@ -34,6 +34,16 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {tensor.device}")
 
 
+def check_join(shortcut: Tensor, branch: Tensor, scale: Tensor | None, inplace: bool) -> None:
+    """Raise ValueError unless shortcut and branch can be joined, with this scale, and written over where `inplace`."""
+    if branch.shape != shortcut.shape:
+        raise ValueError(f"branch must have the shape of shortcut, {tuple(shortcut.shape)}, got {tuple(branch.shape)}")
+    if scale is not None and scale.numel() != 1:
+        raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
+    if inplace and scale is not None:
+        raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
+
+
 def channel_axis(name: str, x: Tensor, bias: Tensor, spatial_dims: int | str | None) -> int:
     """The axis of x that holds the channels: 1, or 0 if x is unbatched.
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .activation_arguments import channel_axis, check_device, check_tensor, flag, kernel_parameter
-from .geometry import Penalty, Precision
+from .activation_arguments import channel_axis, check_device, check_join, check_tensor, flag, kernel_parameter
+from .geometry import Penalty, Precision, check_penalty
 from .inplace import check_apart, may_write
 from .ops import orthogonality as _orthogonality
 from .ops import standard
 from .ops.residual_srelu import ResidualSReLU
 from .ops.srelu import SReLU
-from .penalty_arguments import check_penalty, check_precision, checked_layer, listed, per_layer
+from .penalty_arguments import check_precision, checked_layer, listed, per_layer
 from .problem import Problem
+
+__all__ = ["orthogonality_loss", "residual_srelu", "srelu"]
 
 
 def srelu(
@@ -116,13 +118,8 @@ def residual_srelu(
     for name, tensor in zip(("branch", "bias", "scale"), tensors[1:]):
         check_tensor(name, tensor)
         check_device(name, tensor, "shortcut", shortcut)
-    if branch.shape != shortcut.shape:
-        raise ValueError(f"branch must have the shape of shortcut, {tuple(shortcut.shape)}, got {tuple(branch.shape)}")
-    if scale is not None and scale.numel() != 1:
-        raise ValueError(f"scale must have one value, got shape {tuple(scale.shape)}")
     inplace = inplace if inplace is False else flag("inplace", inplace)
-    if inplace and scale is not None:
-        raise ValueError("inplace=True needs scale=None: the gradient of the scale is formed with the branch")
+    check_join(shortcut, branch, scale, inplace)
     if channel_axis("shortcut", shortcut, bias, spatial_dims) == 0:
         batch = shortcut.unsqueeze(0), branch.unsqueeze(0)
         return residual_srelu(*batch, bias, scale, inplace, shortcut.dim() - 1).squeeze(0)

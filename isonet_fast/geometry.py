@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,14 @@ PENALTIES: dict[Penalty, Rule] = {
 }
 
 
+def check_penalty(penalty: object, none: str = "") -> None:
+    """Raise ValueError for what is no penalty's name. none: what None means, where None is allowed too."""
+    if (none and penalty is None) or (isinstance(penalty, str) and penalty in PENALTIES):
+        return
+    allowed = f"{tuple(PENALTIES)} or None ({none})" if none else tuple(PENALTIES)
+    raise ValueError(f"penalty must be one of {allowed}, got {reprlib.repr(penalty)}")
+
+
 @dataclass(frozen=True)
 class Layer:
     """One weight of shape (O, I/g, k...) and how it is convolved; a linear layer has no k.
@@ -68,8 +77,7 @@ class Layer:
 
     @property
     def rule(self) -> Rule:
-        if self.penalty not in PENALTIES:
-            raise ValueError(f"penalty must be one of {tuple(PENALTIES)}, got {self.penalty!r}")
+        check_penalty(self.penalty)
         return PENALTIES[self.penalty]
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import PENALTIES, Layer, Penalty
+from .geometry import Layer, Penalty, check_penalty
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PRECISIONS = (None, "highest")
@@ -54,11 +54,6 @@ def checked_layer(weight: Tensor, stride: Any, dilation: Any, groups: Any, penal
     dims = weight.dim() - 2
     sizes = _per_dimension("stride", stride, dims), _per_dimension("dilation", dilation, dims)
     return Layer(tuple(weight.shape), *sizes, count, penalty)
-
-
-def check_penalty(penalty: Any) -> None:
-    if not isinstance(penalty, str) or penalty not in PENALTIES:
-        raise ValueError(f"penalty must be one of {tuple(PENALTIES)}, got {_shown(penalty)}")
 
 
 def check_precision(precision: Any) -> None:

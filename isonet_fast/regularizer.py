@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .backward_order import BackwardOrder, has_hooks
 from .existence import isometry
-from .geometry import PENALTIES, Penalty, Precision
+from .geometry import Penalty, Precision, check_penalty
 from .layers import (
     Filter,
     Types,
@@ -115,8 +115,7 @@ class OrthoRegularizer:
     ) -> None:
         if shard_group is not None:
             work_group = _renamed(shard_group, work_group)
-        if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
-            raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (each layer's own), got {penalty!r}")
+        check_penalty(penalty, none="each layer's own")
         check_precision(precision)
         self.penalty, self.precision, self.interval = penalty, precision, _interval(interval)
         self._selection = Selection(model, coeff, penalty, filter, include)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, init
-from ..geometry import PENALTIES, Penalty
+from ..geometry import Penalty, check_penalty
 
 __all__ = ["OrthoConv1d", "OrthoConv2d", "OrthoConv3d", "OrthoLinear"]
 
@@ -35,8 +35,7 @@ class Orthogonal:
 
     def _choose(self, penalty: Penalty | None) -> None:
         """Set the penalty, before the parent's constructor, which calls `reset_parameters`."""
-        if penalty is not None and not (isinstance(penalty, str) and penalty in PENALTIES):
-            raise ValueError(f"penalty must be one of {tuple(PENALTIES)} or None (never penalised), got {penalty!r}")
+        check_penalty(penalty, none="never penalised")
         self.penalty = penalty
 
     def reset_parameters(self) -> None:
