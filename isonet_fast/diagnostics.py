@@ -32,6 +32,8 @@ from .layers import (
     weight_of,
 )
 
+__all__ = ["Report", "isometry_report", "singular_values"]
+
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 NO_VALUES = "no values (meta device or FakeTensor)"
 FINEST = 16  # frequencies per dimension that a report samples at most
@@ -133,7 +135,16 @@ class ReportRow(NamedTuple):
 
 
 class Report(list[ReportRow]):
-    """The rows of `isometry_report`; prints as a table."""
+    """The rows of `isometry_report`; prints as a table.
+
+    Examples:
+        >>> first, second = isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.OrthoConv2d(8, 16, 3)
+        >>> second.weight.data *= 2
+        >>> report = isonet_fast.diagnostics.isometry_report(nn.Sequential(first, second), input_size=(4, 8, 8))
+        >>> print(isonet_fast.diagnostics.Report(row for row in report if row.largest > 1.1))
+        layer                    weight             grid      smallest    median   largest    penalty  isometry
+        1                        16x8x3x3           6x6         2.0000    2.0000    2.0000         36  columns
+    """
 
     def __str__(self) -> str:
         lines = [_line("layer", "weight", "grid", "smallest", "median", "largest", "penalty", "isometry")]

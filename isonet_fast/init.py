@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .penalty_arguments import checked_layer
 
+__all__ = ["delta_"]
+
 
 @torch.no_grad()
 def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> Tensor:

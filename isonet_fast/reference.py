@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+__all__ = ["orthogonality_loss", "residual_srelu", "srelu"]
+
 
 def srelu(x: Tensor, bias: Tensor) -> Tensor:
     """y = x if (x > b or x is NaN) else b, for x (N, C, ...) and one b for each of the C channels.

@@ -1,9 +1,8 @@
-"""What the package offers: the names of `isonet_fast.__all__`, and the functions of the modules among them. And what
+"""What the package offers: the names of `isonet_fast.__all__`, and those of the modules among them. And what the page
 docs/api.md documents."""
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -18,22 +17,18 @@ def public_names() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in isonet_fast.__all__:
         value = getattr(isonet_fast, name)
-        found |= _functions(name, value) if isinstance(value, ModuleType) else {name: value}
+        found |= _members(name, value) if isinstance(value, ModuleType) else {name: value}
     assert len(found) > 30
     return found
 
 
-def _functions(name: str, module: ModuleType) -> dict[str, Any]:
-    return {
-        f"{name}.{function}": value
-        for function, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__.startswith(module.__name__) and not function.startswith("_")
-    }
+def _members(name: str, module: ModuleType) -> dict[str, Any]:
+    return {f"{name}.{member}": getattr(module, member) for member in module.__all__}
 
 
 def documented_names() -> dict[str, Any]:
-    """The entries of docs/api.md. One that names a module stands for the members that it lists, or that the module's
-    `__all__` lists, or for the functions of the module."""
+    """The entries of docs/api.md. One that names a module stands for the members that the entry lists, or else for
+    those that the module's `__all__` lists."""
     found: dict[str, Any] = {}
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for entry in re.split(r"^::: ", page, flags=re.MULTILINE)[1:]:
@@ -41,9 +36,8 @@ def documented_names() -> dict[str, Any]:
         value = pkgutil.resolve_name(name)
         if not isinstance(value, ModuleType):
             found[name] = value
-        elif listed or hasattr(value, "__all__"):
-            members = listed[1].split(", ") if listed else value.__all__
-            found |= {f"{name}.{member}": getattr(value, member) for member in members}
+        elif listed:
+            found |= {f"{name}.{member}": getattr(value, member) for member in listed[1].split(", ")}
         else:
-            found |= _functions(name, value)
+            found |= _members(name, value)
     return found

@@ -74,6 +74,13 @@ def test_all_names_everything_public_and_nothing_else():
     assert not {"torch", "require_torch"} & set(vars(isonet_fast))
 
 
+def test_a_public_module_names_what_is_public():
+    modules = [value for name in isonet_fast.__all__ if inspect.ismodule(value := getattr(isonet_fast, name))]
+    assert isonet_fast.functional in modules
+    for module in modules:
+        assert all(inspect.getdoc(getattr(module, name)) for name in module.__all__)
+
+
 def test_the_package_is_marked_as_typed():
     assert (PACKAGE / "py.typed").is_file()
 
