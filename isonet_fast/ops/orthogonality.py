@@ -193,7 +193,6 @@ def loss(weights: Sequence[Tensor], problem: Problem) -> tuple[Tensor, Tensor]:
     return _joined(problem, [OrthogonalityLoss.apply(text, save, *ws) for text, ws in parts])
 
 
-@torch.no_grad()
 def accumulate_grad_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], problem: Problem, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -232,5 +231,6 @@ def _accumulate_grad_(
         return result
     check_gradients(grads)
     torch.autograd.graph.increment_version(grads)
-    losses = _evaluate(weights, problem.unique, grads, scale, add=True)
-    return _total(losses, problem.coefficients), losses
+    with torch.no_grad():
+        losses = _evaluate(weights, problem.unique, grads, scale, add=True)
+        return _total(losses, problem.coefficients), losses
