@@ -105,8 +105,7 @@ def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
     done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
     for of, tables, nbytes in (("", plan.grad_tiles, machine.gradient_bytes), (" of planes", plan.spectrum_tiles, 4)):
         for grad, table in tables.items():
-            taps = done[table["last_run"]] - done[table["first_run"]]
-            steps = taps * (table["contracted"] // grad.depth)
+            steps = done[table["last_run"]] - done[table["first_run"]]
             elements = grad.rows * grad.columns
             step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
             written = np.where(table["piece"] == table["pieces"] - 1, machine.store_us(elements * nbytes), 0)

@@ -9,7 +9,7 @@ from .. import reference
 from ..geometry import Layer
 from ..problem import Problem
 
-PROBED = ((128, 256, 3, 3), (64, 64, 3, 3), (16, 16, 33, 1))
+PROBED = (((128, 256, 3, 3), (16, 16, 33, 1)), ((64, 64, 3, 3),))  # beside the others, small tiles would not pay
 GRADIENT_TOLERANCE = 2e-2  # bfloat16 products are off by 5e-3
 
 _reasons: dict[torch.device, str | None] = {}
@@ -57,9 +57,13 @@ def _probe(device: torch.device) -> str | None:
 def _launch(device: torch.device) -> str | None:
     """Check loss and gradient of random layers against their definition. The layers need every tile size, several taps
     and chunks, and R transposed: a compiler's mistake shows in some of these and in nothing smaller."""
+    return next(filter(None, (_compare(device, shapes) for shapes in PROBED)), None)
+
+
+def _compare(device: torch.device, shapes: tuple[tuple[int, ...], ...]) -> str | None:
     from . import orthogonality
 
-    layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in PROBED)
+    layers = tuple(Layer(shape, (1, 1), (1, 1), 1, "isonet") for shape in shapes)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(layer.shape, generator=generator) / layer.columns**0.5 for layer in layers]
     problem = Problem(layers, (1.0,) * len(layers))

@@ -44,8 +44,9 @@ GRAD = int32_columns(
     "contracted " + SPLIT_COLUMNS,
     width=20,
 )
-# What one loop contracts: a rectangle of taps, from its index `first` to `last`, in lines of `width`. R and A begin at
-# `_base` and lie `_line` and `_tap` rows further for every line and tap. runs.py makes them.
+# What one loop contracts: a rectangle of taps, in lines of `width`. A tap takes as many steps as its `contracted` rows,
+# and the loop goes from step `first` to `last`. R and A begin at `_base` and lie `_line` and `_tap` rows further for
+# every line and tap. runs.py makes them.
 RUN = int32_columns("first last width r_base r_line r_tap a_base a_line a_tap", width=12)
 GRAD_WIDTH = tl.constexpr(GRAD.itemsize // 4)
 RUN_LENGTH = tl.constexpr(RUN.itemsize // 4)
@@ -122,7 +123,7 @@ def grad_kernel(
         a_base = a_row + tl.load(run + RUN_A_BASE)
         a_line = tl.load(run + RUN_A_LINE)
         a_tap = tl.load(run + RUN_A_TAP)
-        for it in tl.range(tl.load(run + RUN_FIRST) * steps, tl.load(run + RUN_LAST) * steps):
+        for it in tl.range(tl.load(run + RUN_FIRST), tl.load(run + RUN_LAST)):
             tap = it // steps
             step = it % steps
             r_at = (
@@ -154,7 +155,7 @@ def grad_kernel(
         a_base = a_row + tl.load(run + RUN_A_BASE)
         a_line = tl.load(run + RUN_A_LINE)
         a_tap = tl.load(run + RUN_A_TAP)
-        for it in tl.range(tl.load(run + RUN_FIRST) * steps, tl.load(run + RUN_LAST) * steps):
+        for it in tl.range(tl.load(run + RUN_FIRST), tl.load(run + RUN_LAST)):
             tap = it // steps
             depth = it % steps * DEPTH
             r_at = r_base + (tap // width) * r_line + (tap % width) * r_tap + depth

@@ -22,13 +22,14 @@ from .packed import PANEL, RESIDUAL_PANEL, ROW_BLOCK, Packed, Unit, ceil, pack_l
 from .rows import joined, product, tabulate
 from .runs import append_part, append_tap_runs, append_wave_runs
 from .spectrum import Spectrum, plan_spectrum
-from .split_k import Pieces, balanced
+from .split_k import Cost, Pieces, balanced
 from .tiles import PACK_COLUMNS, PACK_ROWS, VARIANTS, GradTile, GramTile, Variant
 
 L2_BYTES = 30 << 20  # of an H100's 50 MB: half of them may belong to the other half of the chip
-# What a tile's beginning and end take, and storing or loading a piece of one, in steps of the largest tiles
-GRAM_TILE, GRAM_PART = 1.5, 1.0
-GRAD_TILE, GRAD_PART = 6.5, 2.5  # the gradient's end writes
+# In steps of the largest tiles: 2 microseconds to begin, with what gram writes; 4 for a tile of a gradient
+GRAM_COST = Cost(begin=1.5, write=0.0, part=0.9)
+GRAD_COST = Cost(begin=2.2, write=4.3, part=2.7)
+GRAD_LAUNCH = 2e9  # what a launch takes that has little to do, 6.5 microseconds, in multiply-adds
 
 
 class Row(NamedTuple):
@@ -137,7 +138,7 @@ class Plan:
 
     def _choose_grad(self) -> list[GradTile]:
         """The tile of least work for each layer. The layers of one form share a tile, and so a launch, if a second
-        launch would save less than it costs."""
+        launch would save less than it costs: 5 %, since it has an end of its own, and GRAD_LAUNCH."""
         tiles = self.variant.grad
         work = [
             [self._grad_work(p, g) if p.wide or g.rows == ROW_BLOCK else math.inf for g in tiles] for p in self.packed
@@ -145,7 +146,8 @@ class Plan:
         one = {}
         for form in (False, True):
             members = [row for row, p in zip(work, self.packed, strict=True) if p.by_frequency == form]
-            one[form] = sum(row[0] for row in members) <= 1.05 * sum(map(min, members))
+            launches = len({row.index(min(row)) for row in members})
+            one[form] = sum(row[0] for row in members) <= 1.05 * sum(map(min, members)) + GRAD_LAUNCH * (launches - 1)
         return [
             tiles[0] if one[p.by_frequency] else tiles[row.index(min(row))]
             for row, p in zip(work, self.packed, strict=True)
@@ -204,10 +206,10 @@ class Plan:
                 self.partial_ranges[layers] = np.stack([first + starts, counts], 1)
                 first += len(table)
                 products = np.where(table["a_row"] == table["b_row"], 2, 3) / 3
-                cut = balanced(table["last"].astype(np.int64), products, GRAM_TILE, GRAM_PART)
+                cut = balanced(table["last"].astype(np.int64), products, GRAM_COST)
                 table, self.gram_parts = self._in_pieces(table, cut, self.gram_parts)
                 table["first"], table["last"] = cut.first, cut.last
-                time = cut.times(products, GRAM_TILE, GRAM_PART)
+                time = cut.times(products, GRAM_COST)
                 planes = {n: self.packed[n].plane_rows * PANEL * 4 for n in layers}  # hi and lo
                 self.gram_tiles[tile] = _longest_last_layers_first(table, time, planes)
 
@@ -271,16 +273,16 @@ class Plan:
                 rows = [self._grad_rows(n, runs, known) for n in members if self._grad_tile[n] == tile]
                 table = joined(rows, GRAD)
                 if len(table):
-                    tables[tile] = self._in_grad_pieces(table, tile, runs)
+                    tables[tile] = self._in_grad_pieces(table, runs)
         self.runs = np.array([(*run, 0) for run in runs], RUN)
 
-    def _in_grad_pieces(self, table: np.ndarray, tile: GradTile, runs: list[tuple[int, ...]]) -> np.ndarray:
+    def _in_grad_pieces(self, table: np.ndarray, runs: list[tuple[int, ...]]) -> np.ndarray:
         done = np.concatenate([[0], np.cumsum([run[1] - run[0] for run in runs])])
-        pairs, pair = done[table["last_run"]] - done[table["first_run"]], table["contracted"] / tile.depth
-        cut = balanced(pairs, pair, GRAD_TILE, GRAD_PART)
+        steps = done[table["last_run"]] - done[table["first_run"]]
+        cut = balanced(steps, np.ones(len(steps)), GRAD_COST)
         table, self.grad_parts = self._in_pieces(table, cut, self.grad_parts)
         _cut_runs(table, cut, runs)
-        time = cut.times(pair, GRAD_TILE, GRAD_PART)
+        time = cut.times(np.ones(len(steps)), GRAD_COST)
         read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
         return _longest_last_layers_first(table, time, read)
 
@@ -294,14 +296,16 @@ class Plan:
             range(0, p.rows, tile.rows),
             range(0, p.columns, tile.columns),
         )
+        contracted = pad(p.rows, ROW_BLOCK)
+        steps = contracted // tile.depth
         if p.by_frequency:
-            key: tuple = (p.tap_rows,)
+            key: tuple = p.tap_rows, steps
             kind = 2 * np.array([any(w) for w in p.units], np.int64)[part] + tap
         else:
             key = p.layer.shape, p.layer.stride, p.layer.dilation, p.layer.penalty, p.units, p.padded, p.merged
             kind = tap
         if key not in known:
-            known[key] = append_wave_runs(p, runs) if p.by_frequency else append_tap_runs(p, runs)
+            known[key] = append_wave_runs(p, steps, runs) if p.by_frequency else append_tap_runs(p, steps, runs)
         first, middle, last = np.array(known[key], np.int64).reshape(-1, 3)[kind].T
         some = first < last  # if the work is split, a tap can have no runs here
         block, part, tap, row, column, first, middle, last = (
@@ -325,7 +329,7 @@ class Plan:
             a_row=plane + column // PANEL * p.padded,
             a_column=column % PANEL,
             panel_rows=p.padded,
-            contracted=pad(p.rows, ROW_BLOCK),
+            contracted=contracted,
         )
 
     def summary(self) -> list[Row]:

@@ -11,35 +11,35 @@ import itertools
 from .packed import WAVES, Packed
 
 
-def append_tap_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
-    """Append what the gradient of every tap contracts, rows of `grad.RUN`.
+def append_tap_runs(p: Packed, steps: int, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+    """Append what the gradient of every tap contracts, rows of `grad.RUN`; a pair of taps takes so many steps.
 
     Returns for each tap its first run, its first transposed run, and the one after its last.
     """
     ranges = []
     for u in itertools.product(*map(range, p.kernel)):
         direct, transposed = _whole_runs(p, u) if _is_whole(p) else _partial_runs(p, u)
-        ranges.append(_append(direct, transposed, runs))
+        ranges.append(_append(direct, transposed, steps, runs))
     return ranges
 
 
-def append_wave_runs(p: Packed, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
+def append_wave_runs(p: Packed, steps: int, runs: list[tuple[int, ...]]) -> list[tuple[int, int, int]]:
     """The same for D_C and D_S (transform.py), at w = 0 and at any other frequency. Their planes lie together."""
     c, _, p_, n, minus_n = ((0, 1, 1, 0, 0, 0, plane * p.tap_rows, 0, 0) for plane in range(len(WAVES)))
     contracted: list[tuple[list, list]] = [([c], []), ([], []), ([p_], [minus_n]), ([n], [p_])]
-    return [_append(direct, transposed, runs) for direct, transposed in contracted]
+    return [_append(direct, transposed, steps, runs) for direct, transposed in contracted]
 
 
-def _append(direct: list, transposed: list, runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
+def _append(direct: list, transposed: list, steps: int, runs: list[tuple[int, ...]]) -> tuple[int, int, int]:
     first = len(runs)
-    runs += direct + transposed
+    runs += [(start * steps, stop * steps, *rest) for start, stop, *rest in direct + transposed]
     return first, first + len(direct), len(runs)
 
 
 def append_part(
     runs: list[tuple[int, ...]], first: int, middle: int, last: int, begin: int, end: int
 ) -> tuple[int, int, int]:
-    """Append runs for the pairs `begin` to `end` of these runs, counted from the first run on. Returns bounds as
+    """Append runs for the steps `begin` to `end` of these runs, counted from the first run on. Returns bounds as
     `append_tap_runs` does."""
     bounds = [len(runs)]
     for some in (range(first, middle), range(middle, last)):

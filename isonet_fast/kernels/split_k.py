@@ -19,7 +19,7 @@ import triton.language as tl
 from .layout import field, int32_columns
 
 MULTIPROCESSORS = 132  # of an H100 or H200
-SHARES = np.linspace(1.4, 0.4, 21)  # lengths of pieces to try, relative to the time of all tiles together
+SHARES = np.linspace(1.5, 0.7, 28)  # times of pieces to try, relative to the time of all tiles together
 
 # Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
 # begin, and where in `arrivals` they are counted.
@@ -55,6 +55,14 @@ def add_pieces(parts, columns, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WI
     return acc
 
 
+class Cost(NamedTuple):
+    """What a program takes beside its products: to begin, to write its tile, to store or load a piece of one."""
+
+    begin: float
+    write: float
+    part: float
+
+
 class Pieces(NamedTuple):
     """Rows of a table cut into pieces: `piece` of `pieces` of `row` is its steps `first` to `last`."""
 
@@ -64,33 +72,41 @@ class Pieces(NamedTuple):
     first: np.ndarray  # step
     last: np.ndarray
 
-    def times(self, step: np.ndarray, tile: float, part: float) -> np.ndarray:
-        """What each piece takes if a step takes `step`, a tile's beginning and end `tile`, and storing or loading a
-        piece `part`. The last one also adds them up."""
-        moved = np.where(self.pieces > 1, 1 + np.where(self.piece == self.pieces - 1, self.pieces, 0), 0)
-        return tile + (self.last - self.first) * step[self.row] + part * moved
+    def times(self, step: np.ndarray, cost: Cost) -> np.ndarray:
+        """What each piece takes if a step takes `step`. The last one of a tile adds them up and writes it."""
+        ends, split = self.piece == self.pieces - 1, self.pieces > 1
+        moved = split + split * ends * self.pieces
+        return cost.begin + (self.last - self.first) * step[self.row] + cost.part * moved + cost.write * ends
 
 
-def cut(steps: np.ndarray, most: np.ndarray) -> Pieces:
-    """Sums of `steps` steps, cut into pieces of at most `most` steps."""
-    pieces = -(-steps // most)
+def cut(steps: np.ndarray, step: np.ndarray, cost: Cost, limit: float) -> Pieces:
+    """Sums of `steps` steps, cut into pieces that take at most `limit`, if they can. The last piece has to add and
+    write, so it is shorter than the others."""
+    most = np.maximum(1, (limit - cost.begin - cost.part) // step)
+    # with p pieces the last one may have `room` - p * part / step steps
+    room = (limit - cost.begin - cost.write - cost.part) / step
+    fewest = np.ceil((steps + most - room) / np.maximum(most - cost.part / step, 1e-9))
+    pieces = np.clip(np.minimum(fewest, np.ceil((steps - 1) / most) + 1), 2, steps)
+    pieces = np.where(cost.begin + steps * step + cost.write <= limit, 1, pieces).astype(np.int64)
     row = np.repeat(np.arange(len(steps)), pieces)
     piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    first = piece * most[row]
-    return Pieces(row, piece, pieces[row], first, np.minimum(first + most[row], steps[row]))
+    most, left = most.astype(np.int64)[row], steps[row] - pieces[row]  # every piece has a step
+    ends = piece == pieces[row] - 1
+    last = np.where(ends, steps[row], np.minimum((piece + 1) * most, left + piece + 1))
+    return Pieces(row, piece, pieces[row], np.minimum(piece * most, left + piece), last)
 
 
-def balanced(steps: np.ndarray, step: np.ndarray, tile: float, part: float) -> Pieces:
-    """Whole sums, if none takes longer than all take together on the multiprocessors. Else several lengths are tried,
-    shares of that time and parts of the longest sum, and the pieces that end first are taken."""
-    whole = cut(steps, steps)
-    time = whole.times(step, tile, part)
+def balanced(steps: np.ndarray, step: np.ndarray, cost: Cost) -> Pieces:
+    """Whole sums, if they end at most 5 % later than multiprocessors with equal work would. Else several limits are
+    tried, shares of that time and parts of the longest sum, and the pieces that end first are taken."""
+    whole = cut(steps, step, cost, (cost.begin + steps * step + cost.write).max())
+    time = whole.times(step, cost)
     together = time.sum() / MULTIPROCESSORS
-    if time.max() <= together:
+    if makespan(np.sort(time)[::-1].tolist()) <= 1.05 * together:
         return whole
     limits = np.concatenate([SHARES * together, time.max() / np.arange(1, 9)])
-    tried = [cut(steps, np.clip((limit - tile) / step, 1, steps).astype(np.int64)) for limit in limits]
-    return min(tried, key=lambda pieces: makespan(np.sort(pieces.times(step, tile, part))[::-1].tolist()))
+    tried = [cut(steps, step, cost, limit) for limit in limits]
+    return min(tried, key=lambda pieces: makespan(np.sort(pieces.times(step, cost))[::-1].tolist()))
 
 
 def makespan(times: Iterable[float], multiprocessors: int = MULTIPROCESSORS) -> float:

@@ -311,6 +311,7 @@ def test_pieces_of_tiles_add_up_in_any_order(device):
         problem = Problem(layers, (1.0,))
         tables = kernels.tables_of(problem, weights[0].device)
         assert tables.plan.gram_parts and tables.plan.grad_parts
+        assert (tables.plan.runs["first"] % (256 // 64)).any()  # a piece begins within a pair of taps
         for table in (*tables.gram.values(), *tables.grad.values()) if backwards else ():
             table.copy_(table.flip(0))
         loss, _, saved = kernels.forward(weights, problem, True)

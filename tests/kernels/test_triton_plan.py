@@ -183,8 +183,8 @@ def walk_grad(plan):
     lengths = plan.runs["last"] - plan.runs["first"]
     for tile, table in [*plan.grad_tiles.items(), *plan.spectrum_tiles.items()]:
         for row in table:
-            taps = int(lengths[row["first_run"] : row["last_run"]].sum())
-            work += taps * int(row["contracted"]) * tile.rows * tile.columns
+            steps = int(lengths[row["first_run"] : row["last_run"]].sum())
+            work += steps * tile.depth * tile.rows * tile.columns
     return work
 
 
@@ -256,6 +256,12 @@ def test_pieces_of_a_share_make_up_its_tiles(precision):
                     if kind == "gram":
                         assert pieces["first"].tolist() == [0, *pieces["last"][:-1]]
                         assert len(np.unique(pieces[["layer", "a_row", "b_row", "out_row", "out_column"]])) == 1
+                    else:  # every step of every pair once
+                        steps = int(pieces["contracted"][0]) // plan.variant.grad[0].depth
+                        walked = [
+                            at for row in pieces for at in walk(plan, range(*row[["first_run", "last_run"]]), steps)
+                        ]
+                        assert len(set(walked)) == len(walked) and len(walked) % steps == 0
         assert sorted(used["gram"]) == list(range(plan.gram_parts))
         assert sorted(used["grad"]) == list(range(plan.grad_parts))
         assert sorted(counted) == list(range(plan.arrivals))
@@ -265,12 +271,34 @@ def test_pieces_of_a_share_make_up_its_tiles(precision):
 def test_pieces_end_earlier_than_whole_sums():
     """10 long sums and 200 short ones on 132 multiprocessors: no longer than a fair share and a piece."""
     steps = np.array([72] * 10 + [8] * 200)
-    chosen = split_k.balanced(steps, np.ones(len(steps)), 1.5, 1.0)
-    times = np.sort(chosen.times(np.ones(len(steps)), 1.5, 1.0))[::-1]
+    cost = split_k.Cost(begin=1.0, write=0.5, part=1.0)
+    chosen = split_k.balanced(steps, np.ones(len(steps)), cost)
+    times = np.sort(chosen.times(np.ones(len(steps)), cost))[::-1]
     assert split_k.makespan(times) < 0.45 * 73.5
     assert np.bincount(chosen.row, weights=chosen.last - chosen.first).tolist() == steps.tolist()
-    equal = np.full(400, 9)
-    assert (split_k.balanced(equal, np.ones(400), 1.5, 1.0).pieces == 1).all()
+    equal = np.full(528, 9)
+    assert (split_k.balanced(equal, np.ones(528), cost).pieces == 1).all()
+    late = np.full(140, 72)  # eight of them would begin when the others end
+    times = split_k.balanced(late, np.ones(140), cost).times(np.ones(140), cost)
+    assert split_k.makespan(np.sort(times)[::-1]) < 0.75 * 2 * 73.5
+
+
+@pytest.mark.parametrize("limit", [5, 8, 13.5, 21, 40, 100])
+def test_no_piece_takes_longer_than_the_limit(limit):
+    """Not even the last one, which adds all pieces up and writes. If it can't be kept, every piece has a step."""
+    steps, step = np.arange(1, 73), np.where(np.arange(72) % 3, 1.0, 2 / 3)
+    cost = split_k.Cost(begin=2.0, write=4.0, part=0.5)
+    pieces = split_k.cut(steps, step, cost, limit)
+    length = pieces.last - pieces.first
+    assert length.min() >= 1 and np.bincount(pieces.row, weights=length).tolist() == steps.tolist()
+    assert (pieces.first[pieces.piece == 0] == 0).all() and pieces.first[1:][pieces.piece[1:] > 0].tolist() == (
+        pieces.last[:-1][pieces.piece[1:] > 0].tolist()
+    )
+    times = pieces.times(step, cost)
+    whole = cost.begin + steps * step + cost.write
+    assert (pieces.pieces[whole[pieces.row] <= limit] == 1).all()
+    if limit > 13:
+        assert times.max() <= limit + 1e-9
 
 
 def test_a_second_launch_of_gradient_tiles_must_pay():
@@ -280,6 +308,16 @@ def test_a_second_launch_of_gradient_tiles_must_pay():
         assert list(plan.grad_tiles) == [plan.variant.grad[0]]
     narrow = tuple(Layer((64, 64, 3, 3), (1, 1), (1, 1), 1, "isonet") for _ in range(8))
     assert list(make(narrow).grad_tiles) == [plan.variant.grad[1]]
+
+
+def test_a_rank_with_few_narrow_layers_has_no_launches_for_them():
+    """They would take longer than the padding that they save: 4 and 7 microseconds of 70, as predicted."""
+    layers = network(50, False)
+    for rank in range(8):
+        plan = planning.Plan(Problem(layers, (1.0,) * len(layers), None, (rank, 8)), "tma")
+        assert plan.launches == {"loss": 3, "gradient": 1}
+    narrow = tuple(Layer((64, 64, 3, 3), (1, 1), (1, 1), 1, "isonet") for _ in range(60))
+    assert make((*layers, *narrow)).launches == {"loss": 4, "gradient": 2}
 
 
 @pytest.mark.parametrize("offsets", ["whole", "shards"])
@@ -299,7 +337,8 @@ def test_runs_name_every_pair_once(offsets):
                 for row in table:
                     u = np.unravel_index(row["tap"], kernel)
                     middle = row["middle_run"]
-                    found = [walk(plan, range(row["first_run"], middle)), walk(plan, range(middle, row["last_run"]))]
+                    runs = range(row["first_run"], middle), range(middle, row["last_run"])
+                    found = [walk(plan, some, 1) for some in runs]
                     for transposed, sign in ((0, 1), (1, -1)):
                         wanted = set()
                         for index, t in enumerate(ts[0]):
@@ -307,19 +346,20 @@ def test_runs_name_every_pair_once(offsets):
                             inside = all(0 <= a < k for a, k in zip(v, kernel, strict=True))
                             if inside and (any(t) or not transposed):
                                 tap = int(np.ravel_multi_index(v, kernel))
-                                wanted.add((index * one.offset_rows, tap * one.tap_rows))
+                                wanted.add((index * one.offset_rows, tap * one.tap_rows, 0))
                         assert sorted(found[transposed]) == sorted(wanted)
 
 
-def walk(plan, runs):
-    pairs = []
+def walk(plan, runs, steps):
+    """Where R and A of each pair are, and the step of their product."""
+    found = []
     for run in runs:
         first, last, width, r, r_line, r_tap, a, a_line, a_tap = map(int, plan.runs[run].tolist()[:9])
-        pairs += [
-            (r + i // width * r_line + i % width * r_tap, a + i // width * a_line + i % width * a_tap)
-            for i in range(first, last)
-        ]
-    return pairs
+        for i, step in (divmod(it, steps) for it in range(first, last)):
+            found.append(
+                (r + i // width * r_line + i % width * r_tap, a + i // width * a_line + i % width * a_tap, step)
+            )
+    return found
 
 
 def test_small_groups_share_a_block():
