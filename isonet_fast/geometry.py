@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -28,9 +27,6 @@ SMALL = 128**2
 # Measured with the compiled kernel on an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take 1.04 times the
 # time, 12 channels multiply 1.29 times less and take 1.04 times less time (docs/benchmarks.md).
 SMALL_FACTOR = 1.2
-# What packing an element of a weight and writing its gradient cost a rank with the Triton kernels, in multiplications,
-# as tools/schedule.py predicts: 8 + 4 bytes at 4.4 TB/s, and a gradient tile's 2 microseconds per 128 x 256 elements.
-TOUCH = 550
 # The transforms of the frequency form take as long as its products where channels are few. Of the products of the form
 # over offsets it has 0.26 for 5x5, 0.34 for 3x3x3, and gains as tools/schedule.py predicts for a GPU; networks of few
 # channels would lose with 4x4 (0.38) and nine taps in one dimension (0.41).
@@ -234,33 +230,3 @@ class Layer:
 
     def multiplications(self, form: str, gradient: bool = True) -> int:
         return sum(self.work(form, unit, gradient) for unit in self.units(form))
-
-
-def split_work(
-    layers: tuple[Layer, ...], index: int, count: int, forms: Sequence[str] | None = None, triton: bool = False
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The units of each layer that rank `index` of `count` computes, balanced by what they cost.
-
-    A unit costs its multiplications; for the Triton kernels the first unit of a layer on a rank also costs the layer's
-    packing and writing. Each unit goes to the rank that then has the least cost, the one with the most multiplications
-    first: the same split on every rank without communication. `split_work(layers, 0, 1)` is everything. Without `forms`
-    units are offsets.
-    """
-    forms = forms or ["overlap"] * len(layers)
-    if count == 1:
-        return tuple(layer.units(form) for layer, form in zip(layers, forms, strict=True))
-    work, per_element = (Layer.triton_work, TOUCH) if triton else (Layer.work, 0)
-    units = sorted(
-        (-work(layer, form, unit), n, unit)
-        for n, (layer, form) in enumerate(zip(layers, forms, strict=True))
-        for unit in layer.units(form)
-    )
-    load = [0.0] * count
-    mine: list[list[list[tuple[int, ...]]]] = [[[] for _ in layers] for _ in range(count)]
-    for negative_work, n, unit in units:
-        touch = per_element * math.prod(layers[n].shape)
-        costs = [load[rank] - negative_work + (0 if mine[rank][n] else touch) for rank in range(count)]
-        rank = costs.index(min(costs))
-        load[rank] = costs[rank]
-        mine[rank][n].append(unit)
-    return tuple(tuple(sorted(share)) for share in mine[index])

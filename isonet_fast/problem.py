@@ -12,7 +12,8 @@ import json
 from collections.abc import Hashable
 from typing import Any
 
-from .geometry import Layer, Precision, split_work
+from .geometry import Layer, Precision
+from .split_work import split_work
 
 
 class Problem:

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, geometry, models, reference, regularizer
+from isonet_fast import OrthoConv2d, OrthoLinear, OrthoRegularizer, models, reference, regularizer
 from isonet_fast.ops import orthogonality
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
 from isonet_fast.regularizer import official_filter
+from isonet_fast.split_work import split_work
 
 DOUBLE = torch.float64
 
@@ -148,7 +149,7 @@ def test_units_are_split_without_loss_or_repetition_and_evenly(ranks):
         checked_layer(torch.empty(shape), stride, 1, 1, "isonet")
         for shape, stride in [((64, 64, 3, 3), 1), ((128, 64, 3, 3), 2), ((128, 128, 3, 3), 1), ((32, 32, 1, 1), 1)]
     )
-    shares = [geometry.split_work(layers, rank, ranks) for rank in range(ranks)]
+    shares = [split_work(layers, rank, ranks) for rank in range(ranks)]
     for n, one in enumerate(layers):
         assert sorted(t for share in shares for t in share[n]) == sorted(one.offsets)
     work = [sum(one.work("overlap", t) for one, ts in zip(layers, share) for t in ts) for share in shares]

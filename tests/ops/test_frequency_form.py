@@ -12,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isonet_fast import functional, reference
-from isonet_fast.geometry import Layer, split_work
+from isonet_fast.geometry import Layer
 from isonet_fast.ops import closed_form, frequency_form, orthogonality
 from isonet_fast.problem import Problem
+from isonet_fast.split_work import split_work
 
 FORMS = ["overlap", "frequency"]
 

@@ -7,10 +7,11 @@ import torch
 from torch.library import opcheck
 
 from isonet_fast import functional, init, reference
-from isonet_fast.geometry import PENALTIES, Layer, split_work
+from isonet_fast.geometry import PENALTIES, Layer
 from isonet_fast.ops import closed_form, orthogonality, overlap_form
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
+from isonet_fast.split_work import split_work
 from tests.cases import LAYERS, LAYOUTS, random_weight
 
 ops = torch.ops.isonet_fast
