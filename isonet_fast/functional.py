@@ -169,9 +169,10 @@ def orthogonality_loss(
 
     One tensor or a list. For a list, `stride`, `dilation` and `groups` may be *lists* with one entry per weight; an int
     or a tuple (one value per spatial dimension) serves all. All weights on one device; half precision is computed in
-    float32, under autocast too. precision: None is fast (three bf16 products on tensor cores; float32 on the CPU).
-    "highest" computes in IEEE float32. "lorth" layers with more rows than the operator has columns always use
-    "highest", because their residual does not vanish at the optimum. float64 is always computed in float64.
+    float32, under autocast too. precision: with None, the Triton kernels replace each float32 product by bf16 products,
+    three of them for G; the CPU computes in float32. "highest" computes in IEEE float32. "lorth" layers with more rows
+    than the operator has columns always use "highest", because their residual does not vanish at the optimum. float64
+    is always computed in float64.
 
     This function is differentiable once. `reference.orthogonality_loss` is differentiable at every order, and
     transforms of torch.func and forward-mode AD use it.

@@ -65,7 +65,7 @@ def _add_train(commands: Any) -> None:
     add.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR, from its last checkpoint")
     _add_common(add)
     add.add_argument("--precision", choices=config.PRECISIONS, help="of autocast (default float32: no autocast)")
-    add.add_argument("--channels-last", action="store_true", help="the fast memory format on GPUs")
+    add.add_argument("--channels-last", action="store_true", help="store images and weights as torch.channels_last")
     add.add_argument("--compile", action="store_true", help="train through torch.compile")
     add.add_argument("--accumulate", type=int, metavar="K", help="batches per optimizer step (default 1)")
     add.add_argument("--fsdp", action="store_true", help="under torchrun: shard the weights over the GPUs")
