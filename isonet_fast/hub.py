@@ -32,8 +32,24 @@ _CARD: dict[str, Any] = dict(
 
 
 class ISONet(_ISONet, PyTorchModelHubMixin, **_CARD):
-    """ISONet(depth, residual=False, num_classes=1000, in_channels=3, dropout=None), depth 18, 34, 50 or 101."""
+    """ISONet(depth, residual=False, num_classes=1000, in_channels=3, dropout=None), depth 18, 34, 50 or 101.
+
+    Examples:
+        >>> import isonet_fast.hub
+        >>> isonet_fast.hub.ISONet(18, num_classes=10).save_pretrained("folder")
+        >>> isonet_fast.hub.ISONet.from_pretrained("folder").head.fc
+        Loading weights from local directory
+        Linear(in_features=512, out_features=10, bias=True)
+    """
 
 
 class ISONetCifar(_ISONetCifar, PyTorchModelHubMixin, **_CARD):
-    """ISONetCifar(depth, residual=False, width=16, num_classes=10, in_channels=3, dropout=None), depth 6 n + 2."""
+    """ISONetCifar(depth, residual=False, width=16, num_classes=10, in_channels=3, dropout=None), depth 6 n + 2.
+
+    Examples:
+        >>> import isonet_fast.hub
+        >>> isonet_fast.hub.ISONetCifar(8, width=4).save_pretrained("folder")
+        >>> isonet_fast.hub.ISONetCifar.from_pretrained("folder")(torch.zeros(1, 3, 32, 32)).shape
+        Loading weights from local directory
+        torch.Size([1, 10])
+    """

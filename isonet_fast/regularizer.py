@@ -260,6 +260,15 @@ class OrthoRegularizer:
         Raises RuntimeError under DistributedDataParallel if it comes after the synchronising backward pass. Raises
         TypeError or ValueError for a `grad_scale` that is no finite real number, and for a `.grad` that is sparse, of
         no floating-point dtype, or has elements that share memory; no gradient has changed then.
+
+        Examples:
+            >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8))
+            >>> reg, optimizer = isonet_fast.OrthoRegularizer(net), torch.optim.SGD(net.parameters(), lr=0.1)
+            >>> optimizer.zero_grad()
+            >>> reg.accumulate_grad_()  # a delta is an isometry
+            tensor(0.)
+            >>> net(torch.ones(1, 4, 8, 8)).mean().backward()
+            >>> optimizer.step()
         """
         scale = checked_scale(grad_scale)
         if not self._due():
@@ -299,6 +308,13 @@ class OrthoRegularizer:
         """`last` of all ranks together: the full unweighted penalty, by one all_reduce over `work_group`.
 
         Every rank of the group must call it. Nothing waits for the device. Without `work_group` it is `last`.
+
+        Examples:
+            >>> conv = isonet_fast.OrthoConv2d(4, 8, 3)
+            >>> conv.weight.data *= 2
+            >>> reg = isonet_fast.OrthoRegularizer(conv, coeff=0.5)
+            >>> reg().item(), reg.last_total().item()
+            (9.0, 18.0)
         """
         total = self.last
         if self._work_group is not None:
@@ -308,7 +324,15 @@ class OrthoRegularizer:
     @torch.no_grad()
     def summary(self) -> Summary:
         """Every convolution, transposed convolution and linear layer: included or why not, its penalty (computed now;
-        NaN on the meta device), what it costs, and how near to an isometry it can come (`existence.isometry`)."""
+        NaN on the meta device), what it costs, and how near to an isometry it can come (`existence.isometry`).
+
+        Examples:
+            >>> net = nn.Sequential(isonet_fast.OrthoConv2d(4, 8, 3), isonet_fast.SReLU(8), nn.Linear(8, 2))
+            >>> for row in isonet_fast.OrthoRegularizer(net).summary():
+            ...     print(row.name, row.shape, row.excluded or row.penalty)
+            0 (8, 4, 3, 3) isonet
+            2 (2, 8) linear, not in include
+        """
         weights, problem, shards = self._gather()
         every_unit = Problem(problem.layers, problem.coefficients, problem.precision)
         whole = shards.gather(weights) if shards else weights
@@ -330,10 +354,27 @@ class OrthoRegularizer:
         return Summary(rows[name] for name in order)
 
     def state_dict(self) -> dict[str, int]:
+        """The counter of `interval`: how many calls there were.
+
+        Examples:
+            >>> reg = isonet_fast.OrthoRegularizer(isonet_fast.OrthoConv2d(4, 8, 3), interval=4)
+            >>> penalty = reg()
+            >>> reg.state_dict()
+            {'calls': 1}
+        """
         return {"calls": self._calls}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on with the counter of a `state_dict`; ValueError for anything else."""
+        """Go on with the counter of a `state_dict`; ValueError for anything else.
+
+        Examples:
+            >>> reg = isonet_fast.OrthoRegularizer(isonet_fast.OrthoConv2d(4, 8, 3), interval=4)
+            >>> reg.load_state_dict({"calls": 3})
+            >>> reg.accumulate_grad_()  # the fourth call computes the penalty
+            tensor(0.)
+            >>> reg.computed
+            True
+        """
         calls = state.get("calls") if isinstance(state, Mapping) else None
         if not isinstance(calls, int) or isinstance(calls, bool) or calls < 0:
             raise ValueError(f'state must be what state_dict() returned, {{"calls": N}}, got {reprlib.repr(state)}')

@@ -5,6 +5,12 @@ timm's own convolutional networks take: num_classes (0: none), in_chans, global_
 features_only. There are no published weights to download; `pretrained=True, pretrained_cfg_overlay=dict(file=PATH)`
 reads a checkpoint file, of the official code too. Under timm's `set_scriptable(True)` a network comes as `deconvert`
 leaves it.
+
+Examples:
+    >>> import isonet_fast.timm, timm
+    >>> net = timm.create_model("isonet_cifar", depth=8, width=4, num_classes=5)
+    >>> net(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 5])
 """
 
 from __future__ import annotations

@@ -3,11 +3,14 @@ docs/api.md documents."""
 
 from __future__ import annotations
 
+import inspect
 import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from torch import nn
 
 import isonet_fast
 
@@ -26,18 +29,40 @@ def _members(name: str, module: ModuleType) -> dict[str, Any]:
     return {f"{name}.{member}": getattr(module, member) for member in module.__all__}
 
 
+def public_methods(value: type) -> dict[str, Any]:
+    """The methods of a class that this package writes, by qualified name, except those that PyTorch has too."""
+    found: dict[str, Any] = {}
+    for base in value.__mro__:
+        if base.__module__.startswith("isonet_fast"):
+            methods = {name: method for name, method in vars(base).items() if inspect.isfunction(method)}
+            found |= {
+                method.__qualname__: method
+                for name, method in methods.items()
+                if not name.startswith("_") and not hasattr(nn.Conv2d if issubclass(value, nn.Module) else object, name)
+            }
+    return found
+
+
 def documented_names() -> dict[str, Any]:
     """The entries of docs/api.md. One that names a module stands for the members that the entry lists, or else for
-    those that the module's `__all__` lists."""
+    those that the module's `__all__` lists; for the module itself if it lists none. Where a package is missing that an
+    entry needs, its value is the error that says so."""
     found: dict[str, Any] = {}
     page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
     for entry in re.split(r"^::: ", page, flags=re.MULTILINE)[1:]:
         name, listed = entry.split()[0], re.search(r"members: \[(.*?)\]", entry)
-        value = pkgutil.resolve_name(name)
-        if not isinstance(value, ModuleType):
+        members = re.findall(r"\w+", listed[1]) if listed else None
+        try:
+            value = pkgutil.resolve_name(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None:  # no sentence of this package, but a name that is wrong
+                raise
+            found |= {f"{name}.{member}": error for member in members} if members else {name: error}
+            continue
+        if not isinstance(value, ModuleType) or members == []:
             found[name] = value
-        elif listed:
-            found |= {f"{name}.{member}": getattr(value, member) for member in listed[1].split(", ")}
+        elif members:
+            found |= {f"{name}.{member}": getattr(value, member) for member in members}
         else:
             found |= _members(name, value)
     return found

@@ -19,6 +19,11 @@ class Network(nn.Module):
         """What each stage returns, by its name: {"s1": (N, C1, H1, W1), ...}, with the channels of `feature_channels`.
 
         The head is not computed. x: (N, in_channels, H, W).
+
+        Examples:
+            >>> net = isonet_fast.models.isonet_cifar(8, width=4)
+            >>> {name: tuple(x.shape) for name, x in net.features(torch.zeros(1, 3, 32, 32)).items()}
+            {'s1': (1, 4, 32, 32), 's2': (1, 8, 16, 16), 's3': (1, 16, 8, 8)}
         """
         found = {}
         x = self.get_submodule("stem")(x)
@@ -30,5 +35,9 @@ class Network(nn.Module):
         """The names of the parameters that the official recipe does not decay: every `srelu_bias`.
 
         timm's optimizer factory and others that follow its convention ask for it (`isonet_fast.param_groups` knows it).
+
+        Examples:
+            >>> sorted(isonet_fast.models.isonet_cifar(8, width=4).no_weight_decay())[0]
+            's1.b1.f.a_relu.srelu_bias'
         """
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] == "srelu_bias"}

@@ -52,7 +52,14 @@ class Orthogonal:
         return tuple(s // math.gcd(e, s) for s, e in zip(self.stride, self.dilation, strict=True))
 
     def orthogonality_loss(self) -> Tensor:
-        """The penalty of this layer, a 0-dim tensor (`functional.orthogonality_loss`); 0 for penalty=None."""
+        """The penalty of this layer, a 0-dim tensor (`functional.orthogonality_loss`); 0 for penalty=None.
+
+        Examples:
+            >>> conv = isonet_fast.OrthoConv2d(4, 8, 3)
+            >>> conv.weight.data *= 2
+            >>> conv.orthogonality_loss().item()  # four singular values 2: 1/2 * 4 * (2^2 - 1)^2
+            18.0
+        """
         if self.penalty is None:
             return self.weight.new_zeros(())
         return functional.orthogonality_loss(

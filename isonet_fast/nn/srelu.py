@@ -115,12 +115,9 @@ class SharedScale(nn.Module):
     """x -> s x with one learnable scalar per residual branch, initially `init`. State: `scale` (1, 1, 1, 1).
 
     Examples:
-        >>> scale, conv = isonet_fast.SharedScale(0.5), nn.Conv2d(1, 1, 1)
+        >>> scale = isonet_fast.SharedScale(0.5)
         >>> scale(torch.tensor([4.0, 2.0])).tolist()
         [2.0, 1.0]
-        >>> x = torch.rand(1, 1, 2, 2)
-        >>> torch.allclose(scale.fold(conv, x), scale(conv(x)))
-        True
     """
 
     def __init__(self, init: float = 1.0, device: Device = None, dtype: torch.dtype | None = None) -> None:
@@ -136,6 +133,11 @@ class SharedScale(nn.Module):
         Same values and gradients as scaling the output, but neither the unscaled output nor a pass over it is needed.
         Only a bare convolution is folded into. One with hooks, a parametrisation, a pruning mask, a replaced forward or
         a wrapper is called as a module, and so is this scale; the product is rounded once, to the output's dtype.
+
+        Examples:
+            >>> scale, conv, x = isonet_fast.SharedScale(0.5), nn.Conv2d(1, 1, 1), torch.rand(1, 1, 2, 2)
+            >>> torch.allclose(scale.fold(conv, x), scale(conv(x)))
+            True
         """
         if not (isinstance(x, Tensor) and isinstance(conv, _CONVOLUTIONS) and _bare(conv) and _bare(self)):
             y = conv(x)
