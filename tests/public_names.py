@@ -3,6 +3,7 @@ docs/api.md documents."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 import re
@@ -13,6 +14,8 @@ from typing import Any
 from torch import nn
 
 import isonet_fast
+
+NEEDS_OTHERS = ("isonet_fast.timm", "isonet_fast.hub", "isonet_fast.models.detection")
 
 
 def public_names() -> dict[str, Any]:
@@ -43,6 +46,16 @@ def public_methods(value: type) -> dict[str, Any]:
     return found
 
 
+def _missing(name: str) -> ModuleNotFoundError | None:
+    for module in NEEDS_OTHERS:
+        if f"{name}.".startswith(f"{module}."):
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                return error
+    return None
+
+
 def documented_names() -> dict[str, Any]:
     """The entries of docs/api.md. One that names a module stands for the members that the entry lists, or else for
     those that the module's `__all__` lists; for the module itself if it lists none. Where a package is missing that an
@@ -52,13 +65,11 @@ def documented_names() -> dict[str, Any]:
     for entry in re.split(r"^::: ", page, flags=re.MULTILINE)[1:]:
         name, listed = entry.split()[0], re.search(r"members: \[(.*?)\]", entry)
         members = re.findall(r"\w+", listed[1]) if listed else None
-        try:
-            value = pkgutil.resolve_name(name)
-        except ModuleNotFoundError as error:
-            if error.name is not None:  # no sentence of this package, but a name that is wrong
-                raise
+        error = _missing(name)
+        if error:
             found |= {f"{name}.{member}": error for member in members} if members else {name: error}
             continue
+        value = pkgutil.resolve_name(name)
         if not isinstance(value, ModuleType) or members == []:
             found[name] = value
         elif members:
