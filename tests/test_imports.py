@@ -21,7 +21,7 @@ MODULES = {
 # From the ground up. A folder stands for all of its modules.
 FLOORS = [
     "_require_torch _version dtypes geometry gradient_layout import_torchvision reference safe_load",
-    "existence penalty_arguments problem sharded summary",
+    "existence penalty_arguments problem sharded split_work summary",
     "activation_arguments init inplace",
     "kernels",
     "ops",
@@ -52,7 +52,7 @@ STRANGERS = {
     "train.saving": "train.data",
 }
 # Packages that a module may not import at all.
-WITHOUT = {"reference": "isonet_fast", "geometry": "isonet_fast torch", "existence": "torch"}
+WITHOUT = {"reference": "isonet_fast", "geometry": "isonet_fast torch", "existence": "torch", "split_work": "torch"}
 
 
 def short(module: str) -> str:
