@@ -210,7 +210,7 @@ def _finish(
         column + acc.shape[1] > tl.load(view + VIEW_COLUMNS)
     )
     path = tl.where(sticks_out, 0, tl.load(view + VIEW_PATH))
-    if IEEE:  # whose operands leave no registers for two more ways to store
+    if IEEE:  # its operands are in registers: two more ways to store would halt the third program of a multiprocessor
         path = tl.where(path > 2, 0, path)
     start += tl.where(
         path == 0,
