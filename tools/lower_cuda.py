@@ -1,7 +1,7 @@
 """Compile the CUDA kernels of csrc/ without a GPU and read what came out: registers, spills, 16-byte accesses.
 
 `rows()` returns one row per kernel and architecture, and what failed the gate: a spill, a stack frame, or a kernel for
-16-byte vectors that does not access memory 16 bytes at a time.
+16-byte vectors that does not access memory 16 bytes at a time or leaves a multiprocessor too few blocks.
 """
 
 from __future__ import annotations
@@ -151,7 +151,15 @@ def gate(row: dict) -> list[str]:
                 failures.append(f"{name}: {found} {what} of 16 bytes, {wanted} expected")
         if "Backward" in name and row["last_loads"] < expected[0]:
             failures.append(f"{name}: only {row['last_loads']} loads leave the cache first")
+        least = 3 if "Backward" in name else 4  # kFullGrid of csrc/partition.h counts on four
+        if int(row["arch"].removeprefix("sm_")) >= 80 and resident_blocks(row) < least:
+            failures.append(f"{name}: {row['registers']} registers leave {resident_blocks(row)} blocks, not {least}")
     return failures + [f"{name}: {failure}" for failure in _early_launch(row)]
+
+
+def resident_blocks(row: dict) -> int:
+    """Blocks of 256 threads whose registers, taken by eights, a multiprocessor holds at once."""
+    return 65536 // (256 * 8 * -(-row["registers"] // 8))
 
 
 def _early_launch(row: dict) -> list[str]:

@@ -28,5 +28,10 @@ def test_every_kernel_passes_the_gates(arch: int) -> None:
     assert len(rows) == 2 * 4 * 2 * len(formulas) + 2 * len(lower_cuda.SOURCES)
     assert {row["arch"] for row in rows} == {f"sm_{arch}"} and all(row["registers"] > 0 for row in rows)
     wrong = {"kernel": "k<float32, 4, SReLUBackward>", "arch": "sm_90", "spills": 8, "stack": 8, "vector": 4}
-    wrong |= {"loads_128": 3, "stores_128": 1, "last_loads": 0, "grid": "waits"}
-    assert len(lower_cuda.gate(wrong)) == 6
+    wrong |= {"loads_128": 3, "stores_128": 1, "last_loads": 0, "grid": "waits", "registers": 81}
+    assert len(lower_cuda.gate(wrong)) == 7
+    right = {"kernel": "k<float32, 4, SReLUForward>", "arch": "sm_90", "spills": 0, "stack": 0, "vector": 4}
+    right |= {"loads_128": 4, "stores_128": 4, "last_loads": 0, "grid": "", "registers": 64}
+    assert lower_cuda.gate(right) == []
+    (failure,) = lower_cuda.gate(right | {"registers": 65})
+    assert failure.endswith("65 registers leave 3 blocks, not 4")
