@@ -39,10 +39,10 @@ kernels: $(READY)  ## compile every kernel without a GPU: registers, spills, ten
 bench: $(READY)  ## the CPU lines of the performance targets
 	$(BIN)/python -m benchmarks.run_all --device cpu
 
-# Not for the GPU in this machine, as other builds are.
 docs: $(READY)  ## the documentation site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# For every architecture, where other builds are for the GPU in this machine.
 wheel: $(READY)  ## dist/*.whl, with CUDA kernels for every architecture (with a CUDA torch, or ISONET_FAST_CUDA=1)
 	ISONET_FAST_CUDA_ARCHS=release $(BIN)/python -m build --wheel --no-isolation
 	$(BIN)/python tools/wheel_architectures.py dist/*.whl
