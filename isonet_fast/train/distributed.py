@@ -27,7 +27,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all processes of the run (rank, size) and of its machine (local_rank, local_size)."""
+    """This process among all processes of the run (rank, size) and of its machine (local_rank, local_size).
+
+    `sum`, `largest`, `gather` and `from_main` exchange something: every process must call them, in the same order.
+    """
 
     rank: int = 0
     size: int = 1
@@ -62,8 +65,6 @@ class Processes:
     def say(self, text: str) -> None:
         if self.main:
             print(printable(text), flush=True)
-
-    # -- exchanges: every process must come here, in the same order ---------------------------------------------------
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all processes, a new tensor."""

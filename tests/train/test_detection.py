@@ -18,6 +18,7 @@ from isonet_fast.import_torchvision import import_torchvision
 from isonet_fast.train import config
 from isonet_fast.train.commands.cli import main
 from isonet_fast.train.detection import coco, shapes
+from isonet_fast.train.detection.annotations import read
 from isonet_fast.train.detection.config import RULES, DetectionConfig, Steps
 from isonet_fast.train.saving import checkpoint, lock, resuming
 from isonet_fast.train.tables import detection
@@ -85,7 +86,7 @@ def set_first(key, value):
 )
 def test_what_is_wrong_with_annotations_is_one_line(broken, change, error):
     with pytest.raises(ValueError, match=error) as raised:
-        coco.read(broken(change), "val2017")
+        read(broken(change), "val2017")
     assert "\n" not in str(raised.value)
 
 
@@ -104,7 +105,7 @@ def test_absent_files_are_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"instances_val2017.json is not there; coco:DIR needs DIR/annotations/"
     ):
-        coco.read(tmp_path, "val2017")
+        read(tmp_path, "val2017")
     with pytest.raises(ValueError, match="detectors train on --data coco:DIR, got 'digits'"):
         coco.open_coco("digits")
 
@@ -144,7 +145,7 @@ def test_perfect_detections_have_an_ap_of_100(tiny):
     pytest.importorskip("pycocotools")
     from isonet_fast.train.detection.evaluation import average_precision, results
 
-    annotations = coco.read(tiny, "val2017")
+    annotations = read(tiny, "val2017")
     perfect = []
     for image in annotations.images:
         target = coco._target(annotations.objects[image["id"]], 64, 64)

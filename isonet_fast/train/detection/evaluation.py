@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .coco import Annotations
+from .annotations import Annotations
 
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
