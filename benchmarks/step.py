@@ -26,7 +26,8 @@ LR = 1e-6  # the weights stay where the check found them, however many steps are
 class Step:
     """zero_grad, loss (network under autocast, penalty in float32), backward, SGD: the official training step.
 
-    penalty: added to the loss; regularize: ours, added to the gradients; neither: only the loss.
+    penalty: added to the loss; regularize: ours, added to the gradients, in every `interval`-th step; neither: only the
+    loss.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Step:
         regularize: bool = False,
         wrap: Callable[[Callable], Callable] = lambda function: function,
         gamma: float = GAMMA,
+        interval: int = 1,
     ) -> None:
         self.network, self.half, self.penalty, self.gamma = network, half, penalty, gamma
-        self.regularizer = OrthoRegularizer(network, gamma) if regularize else None
+        self.regularizer = OrthoRegularizer(network, gamma, interval=interval) if regularize else None
         self.optimizer = torch.optim.SGD(param_groups(network, LR, WEIGHT_DECAY), LR, MOMENTUM)
         self.loss = wrap(self._loss)
 

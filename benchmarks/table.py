@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import ROOT
+from .bench_interval import PROVIDERS
 from .rows import Row, group, ms, read
 from .targets import SHOWN, cases, evaluate, on
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "training.md")
 MARKED = re.compile(r"(<!-- benchmark:([a-z-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 
@@ -36,8 +37,8 @@ def targets_table(rows: list[Row]) -> str:
 
 
 def results_table(rows: list[Row]) -> str:
-    """The README's four rows, of the device that timed something last: a GPU where one has."""
-    devices = [row["device"] for row in on(rows, "GPU") or on(rows, "CPU") if row["p50_ms"]]
+    """The README's four rows, of the device that timed a training step last: a GPU where one has."""
+    devices = [row["device"] for row in on(rows, "GPU") or on(rows, "CPU") if row["op"] == "step"]
     own = [row for row in rows if devices and row["device"] == devices[-1]]
     modes = ("loss+gradient graph", "loss+gradient")
     shown = [("a training step", c) for c in cases(own, op="step")[:1]]
@@ -124,6 +125,13 @@ def small_table(rows: list[Row]) -> str:
     return markdown(["ten layers, ms", "products", *heads, "offsets / frequencies"], body)
 
 
+def interval_table(rows: list[Row]) -> str:
+    """A training step by the interval of its penalty; see bench_interval.py."""
+    sides = [(c["case"], group(rows, PROVIDERS, **c)) for c in cases(rows, op="interval")]
+    body = [[case, *(f"{ms(side[p]):.4g}" for p in PROVIDERS)] for case, side in sides if side]
+    return markdown(["ms per step, with the penalty in", *PROVIDERS], body)
+
+
 def srelu_table(rows: list[Row]) -> str:
     """SReLU and join, forward and backward, at the shapes of ISONet-50 and R-ISONet-50."""
     body = []
@@ -167,6 +175,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "penalty": penalty_table,
     "host": host_table,
     "small": small_table,
+    "interval": interval_table,
     "srelu": srelu_table,
     "peers": peers_table,
 }
@@ -182,7 +191,7 @@ def by_device(make: Callable[[list[Row]], str], rows: list[Row]) -> str:
             last = own[-1]
             versions = ", ".join(filter(None, (f"torch {last['torch']}", last["driver"])))
             parts.append(f"{device.removeprefix('cpu: ')}, {versions}\n\n{table}")
-    if not on(rows, "GPU") and not (parts and make is small_table):  # which is of the CPU's kernel
+    if not on(rows, "GPU") and not (parts and make in (small_table, interval_table)):  # about the CPU
         parts.insert(0, f"No {'GPU' if parts else 'machine'} has measured this yet.\n")
     return "\n".join(parts)
 

@@ -50,6 +50,7 @@ def stored():
             {"matmul", "official", "compile", "isonet_fast", "isonet_fast without penalty", "bare"},
         ),
         pytest.param("bench_small", [], {"overlap", "frequency"}, marks=compiled),
+        ("bench_interval", [], {"every step", "every 4th step", "every 16th step", "no penalty"}),
         ("bench_scaling", [], {"matmul", "official", "isonet_fast", "bare"}),
         ("bench_peers", [], {"none", "official", "isonet_fast", "OCNN kernel", "OCNN convolution", "torch orthogonal"}),
     ],
@@ -63,7 +64,7 @@ def test_a_dry_run_times_every_provider_and_keeps_no_rows(script, options, expec
     timed = [row for row in written if row["op"] != "profile" and row["mode"] not in ("largest", "smallest")]
     assert all(float(row["p50_ms"]) >= 0 for row in timed)
     assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
-    if script not in ("bench_scaling", "bench_peers"):  # those measure cost, not errors
+    if script not in ("bench_scaling", "bench_peers", "bench_interval"):  # those measure cost, not errors
         ours = [row for row in timed if row["provider"] in ("isonet_fast", "overlap", "frequency")]
         assert ours and all(float(row["error"]) < 0.1 for row in ours)
     if "--profile" in options:
