@@ -32,7 +32,7 @@ GRAD_COST = Cost(begin=2.2, write=4.3, part=2.7)
 GRAD_LAUNCH = 2e9  # what a launch takes that has little to do, 6.5 microseconds, in multiply-adds
 
 
-class Row(NamedTuple):
+class PlanRow(NamedTuple):
     """One layer in `Plan.summary()`. FLOPs are multiply-adds times two, the three products of bf16x3 counted."""
 
     shape: tuple[int, ...]
@@ -332,7 +332,7 @@ class Plan:
             contracted=contracted,
         )
 
-    def summary(self) -> list[Row]:
+    def summary(self) -> list[PlanRow]:
         """What each layer costs, in the order of the layers."""
         rows = []
         for n, p in enumerate(self.packed):
@@ -361,7 +361,7 @@ class Plan:
             if p.by_frequency:
                 traffic += p.blocks * p.gradients * p.padded * pad(p.columns, grad.columns) * 4
             rows.append(
-                Row(
+                PlanRow(
                     p.layer.shape,
                     len(p.units),
                     gram.block,
