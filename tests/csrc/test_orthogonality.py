@@ -158,6 +158,7 @@ def test_small_and_large_layers_mix_in_one_list(kernel_calls):
     torch.testing.assert_close(total.double(), (losses.double() * torch.tensor(coefficients)).sum(), rtol=1e-6, atol=0)
 
 
+@both_forms
 def test_other_dtypes_in_the_list_are_left_to_the_closed_form(kernel_calls):
     weights = [random_weight((8, 8, 3, 3)).to(d) for d in (torch.float64, torch.float32, torch.bfloat16)]
     _, losses = orthogonality.loss(weights, problem_of(weights, [(1, 1, 1, "isonet")] * 3))
@@ -256,6 +257,7 @@ def test_wrong_arguments_are_refused():
             call(*arguments)
 
 
+@both_forms
 def test_a_gradient_that_is_added_to_counts_as_changed() -> None:
     """Autograd knows of the change: a backward pass that has kept the gradient must not go on with it."""
     weight, grad = torch.randn(4, 4, 3, 3), torch.zeros(4, 4, 3, 3)

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from isonet_fast import functional, init, reference
 from isonet_fast.geometry import PENALTIES, Layer
-from isonet_fast.ops import closed_form, orthogonality, overlap_form
+from isonet_fast.ops import closed_form, orthogonality
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
 from isonet_fast.split_work import split_work
@@ -204,6 +204,7 @@ def test_compile_with_dynamic_shapes(layout, device):
         torch.testing.assert_close(got, want)
 
 
+@both_forms
 @pytest.mark.usefixtures("compiler")
 def test_compile_fullgraph_forward_and_backward(device):
     weights, geometry = network(device, torch.float32)
@@ -234,6 +235,7 @@ def test_functional_call_sees_the_swapped_weight(device):
     assert relative(grad, exact_grad) < 1e-2
 
 
+@both_forms
 def test_a_second_derivative_is_refused(device):
     weight = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"differentiable once.*reference.orthogonality_loss"):
@@ -262,7 +264,7 @@ def test_accumulate_grad_is_the_gradient_added(dtype, device):
 @both_forms
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 60])
 def test_shares_of_all_ranks_add_up(ranks, device):
-    """Over (layer, offset) units: loss, each layer's penalty and every gradient, also with more ranks than units."""
+    """Over (layer, unit) pairs: loss, each layer's penalty and every gradient, also with more ranks than units."""
     weights, _ = network(device)
     weights = [w for w in weights if w.dim() == 4 and w.shape[1] > 1]
     whole = problem_of(weights, "lorth", stride=2)
@@ -277,7 +279,7 @@ def test_shares_of_all_ranks_add_up(ranks, device):
         torch.testing.assert_close(sum(g[n] for g in share_grads), grad, rtol=1e-12, atol=1e-12)
 
 
-def test_shares_are_balanced_for_isonet_50_on_eight_ranks():
+def test_shares_are_balanced_for_isonet_50_on_eight_ranks(form):
     layers = []
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for n in range(blocks):
@@ -285,13 +287,11 @@ def test_shares_are_balanced_for_isonet_50_on_eight_ranks():
             for shape in ((width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
                 layers.append(Layer(shape, (1, 1), (1, 1), 1, "isonet"))
     layers = tuple(layers)
-    work = [
-        sum(layer.work("overlap", t) for layer, ts in zip(layers, split_work(layers, r, 8)) for t in ts)
-        for r in range(8)
-    ]
+    shares = [split_work(layers, r, 8, [form] * len(layers)) for r in range(8)]
+    work = [sum(layer.work(form, u) for layer, us in zip(layers, share) for u in us) for share in shares]
     assert max(work) <= 1.01 * sum(work) / 8 and min(work) >= 0.99 * sum(work) / 8
-    units = [(n, t) for r in range(8) for n, ts in enumerate(split_work(layers, r, 8)) for t in ts]
-    assert sorted(units) == sorted((n, t) for n, layer in enumerate(layers) for t in layer.offsets)
+    units = [(n, u) for share in shares for n, us in enumerate(share) for u in us]
+    assert sorted(units) == sorted((n, u) for n, layer in enumerate(layers) for u in layer.units(form))
 
 
 def test_half_of_the_offsets_covers_all():
@@ -304,11 +304,12 @@ def test_half_of_the_offsets_covers_all():
 
 
 @pytest.mark.parametrize("most, batches", [(2**19, [5, 1]), (3 * 576, [3, 2, 1]), (1, [1] * 6)])
-def test_layers_of_one_shape_are_a_batch_as_far_as_the_limit(most, batches, monkeypatch, device):
+def test_layers_of_one_shape_are_a_batch_as_far_as_the_limit(most, batches, form, monkeypatch, device):
     monkeypatch.setattr(closed_form, "BATCH", most)
     sizes = []
-    original = overlap_form.batch
-    monkeypatch.setattr(overlap_form, "batch", lambda taps, *rest: sizes.append(len(taps)) or original(taps, *rest))
+    module = closed_form.FORMS[form]
+    original = module.batch
+    monkeypatch.setattr(module, "batch", lambda taps, *rest: sizes.append(len(taps)) or original(taps, *rest))
     weights = [torch.randn(8, 8, 3, 3, dtype=torch.double, device=device) for _ in range(5)]
     functional.orthogonality_loss([*weights, weights[0].flatten(1)])
     assert sizes == batches
@@ -336,6 +337,7 @@ def test_tall_lorth_layers_take_float32(device):
         torch.testing.assert_close(grad, same, rtol=1e-5, atol=1e-6)
 
 
+@both_forms
 @pytest.mark.parametrize("stride, precision", [(1, None), (2, "highest")])
 def test_a_list_of_one_kind_is_one_call_in_its_precision(stride, precision, device, monkeypatch):
     weights = [torch.randn(64, 3, 3, 3, device=device) for _ in range(2)]

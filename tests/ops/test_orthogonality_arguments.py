@@ -13,6 +13,8 @@ from isonet_fast.ops import library
 
 loss = functional.orthogonality_loss
 
+both_forms = pytest.mark.usefixtures("form")
+
 
 def matrix():
     return torch.randn(4, 6)
@@ -148,6 +150,7 @@ ADDED_TO = {
 }
 
 
+@both_forms
 @pytest.mark.parametrize("make", ADDED_TO.values(), ids=ADDED_TO)
 def test_a_gradient_of_another_kind_is_added_to(make):
     net, plain = network(), network()
@@ -175,6 +178,7 @@ def test_a_scale_that_is_no_finite_real_number_is_refused_before_any_gradient_ch
     assert all(conv.weight.grad is None for conv in net) and reg.state_dict() == {"calls": 0}
 
 
+@both_forms
 @pytest.mark.parametrize("scale", [2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0), torch.tensor([2])], ids=str)
 def test_a_scale_may_be_any_real_number(scale):
     net, plain = network(), network()
