@@ -1,22 +1,25 @@
 """A network with every kind of layer, its penalty by the reference, and the two forms of `OrthoRegularizer`."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
-from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear, SReLU, reference
+from isonet_fast import OrthoConv1d, OrthoConv2d, OrthoConv3d, OrthoLinear, OrthoRegularizer, SReLU, reference
+from isonet_fast.ops import closed_form
 
 DOUBLE = torch.float64
 
 
 def network(dtype=DOUBLE):
-    """Every kind of layer that is covered, some of one shape, and a few that are not."""
+    """Every kind of layer that is covered, some of one shape, of both forms, and a few that are not."""
     net = nn.Sequential(
-        nn.Conv2d(4, 8, 3, stride=2, bias=False),
-        SReLU(8),
-        OrthoConv2d(8, 8, 3, padding=1, penalty="lorth"),
-        OrthoConv2d(8, 8, 3, padding=1, penalty="lorth"),
-        nn.Conv2d(8, 8, 3, groups=4, dilation=2, padding=2),
+        nn.Conv2d(4, 16, 3, stride=2, bias=False),
+        SReLU(16),
+        OrthoConv2d(16, 16, 3, padding=1, penalty="lorth"),
+        OrthoConv2d(16, 16, 3, padding=1, penalty="lorth"),
+        nn.Conv2d(16, 8, 3, groups=4, dilation=2, padding=2),
         OrthoConv2d(8, 16, 1, stride=2, penalty="matrix"),
         nn.Flatten(2),
         OrthoConv1d(16, 8, 3, padding=1),
@@ -55,6 +58,14 @@ def by_reference(net, coeff=1e-4, penalty=None):
         unweighted += loss.item()
     total.backward()
     return total.detach(), {name: w.grad for name, w in weights.items()}, unweighted
+
+
+def forms_of_3x3(net):
+    """In which forms the closed form computes the layers of nine taps and stride 1."""
+    with mock.patch.object(closed_form, "evaluate", wraps=closed_form.evaluate) as evaluate:
+        OrthoRegularizer(net).accumulate_grad_()
+    _, layers, work, _ = evaluate.call_args.args
+    return {form for layer, (form, _) in zip(layers, work, strict=True) if layer.taps == 9 and layer.steps == (1, 1)}
 
 
 def grads(net):

@@ -9,7 +9,7 @@ from torch import nn
 
 from isonet_fast import OrthoRegularizer
 
-from .regularized import DOUBLE, assert_grads, both_forms, by_reference, grads, loss_form, network
+from .regularized import DOUBLE, assert_grads, both_forms, by_reference, forms_of_3x3, grads, loss_form, network
 
 # Loss and gradient against the float64 reference: bf16x3 and bf16 products on the GPU (docs/design.md, "The penalty's
 # precision"), rounding of float32 GEMMs on the CPU
@@ -19,6 +19,10 @@ TOLERANCE = {
     ("cpu", torch.float32): (1e-5, 1e-5),
     ("cuda", torch.float32): (1e-4, 1e-2),
 }
+
+
+def test_the_network_has_layers_over_offsets_and_over_frequencies():
+    assert forms_of_3x3(network()) == {"overlap", "frequency"}
 
 
 @both_forms
