@@ -18,12 +18,13 @@ STEPS = 3
 
 
 def network(dtype=DOUBLE):
-    """Over 3 ranks 16 outputs lie 6, 6, 4, 4 lie 2, 2, 0, and 2 lie 1, 1, 0."""
+    """Over 3 ranks 16 outputs lie 6, 6, 4, 4 lie 2, 2, 0, and 2 lie 1, 1, 0. One 3x3 layer of stride 1 is computed
+    over frequencies, and one, with fewer rows, over offsets."""
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3),
         SReLU(16),
         OrthoConv2d(16, 16, 3, padding=1, penalty="lorth"),
-        SReLU(16),
+        OrthoConv2d(16, 16, 3, padding=1, groups=2),
         nn.Conv2d(16, 4, 3, stride=2, bias=False),
         OrthoConv2d(4, 2, 1, penalty="matrix"),
         nn.AdaptiveAvgPool2d(1),
@@ -56,9 +57,10 @@ def penalty(net):
     total = torch.zeros((), dtype=DOUBLE)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, OrthoLinear)) and module.weight.shape[1] != 3:
-            stride = getattr(module, "stride", 1)
+            stride, groups = getattr(module, "stride", 1), getattr(module, "groups", 1)
             kind = getattr(module, "penalty", "isonet")
-            total = total + reference.orthogonality_loss(module.weight.double(), stride=stride, penalty=kind)
+            weight = module.weight.double()
+            total = total + reference.orthogonality_loss(weight, stride=stride, groups=groups, penalty=kind)
     return total
 
 

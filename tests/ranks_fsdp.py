@@ -235,7 +235,7 @@ def sharded_otherwise():
         OrthoRegularizer(model)()
     model = network()
     fully_shard(model[2])
-    with pytest.raises(ValueError, match=r"either all .* are sharded by fully_shard or none is.*\(4, 16, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"either all .* are sharded by fully_shard or none is.*\(16, 8, 3, 3\)"):
         OrthoRegularizer(model)()
 
 

@@ -19,6 +19,7 @@ from .ranks import (
     before_backward,
     between,
     loss_plus_reg,
+    network,
     reg_plus_loss,
 )
 from .ranks_ddp import (
@@ -51,6 +52,7 @@ from .ranks_fsdp import (
     sharded_otherwise,
     work_group_of_other_ranks,
 )
+from .regularized import forms_of_3x3
 
 
 def named(check, **options):
@@ -114,6 +116,10 @@ CHECKS = {
     **named(made_before_fully_shard),
     **named(work_group_of_other_ranks),
 }
+
+
+def test_the_network_has_layers_over_offsets_and_over_frequencies():
+    assert forms_of_3x3(network()) == {"overlap", "frequency"}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
