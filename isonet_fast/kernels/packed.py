@@ -26,7 +26,7 @@ from . import layout
 
 PANEL, RESIDUAL_PANEL = layout.PANEL.value, layout.RESIDUAL_PANEL.value
 ROW_BLOCK = 64  # the smallest tile; also the contraction step that padding must fill
-NARROW_LAUNCH = 76_000  # 12 microseconds of tiles of 128 x 128, in columns that one of them contracts
+NARROW_LAUNCH = 19_000  # 3 microseconds of tiles of 128 x 128, in columns that one of them contracts
 WAVES = ("C", "S", "P", "N", "-N")  # the planes of a frequency, see transform.py
 
 Unit = tuple[int, ...]

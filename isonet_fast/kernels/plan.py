@@ -29,7 +29,7 @@ L2_BYTES = 30 << 20  # of an H100's 50 MB: half of them may belong to the other 
 # In steps of the largest tiles: 2 microseconds to begin, with what gram writes; 4 for a tile of a gradient
 GRAM_COST = Cost(begin=1.5, write=0.0, part=0.9)
 GRAD_COST = Cost(begin=2.2, write=4.3, part=2.7)
-GRAD_LAUNCH = 2e9  # what a launch takes that has little to do, 6.5 microseconds, in multiply-adds
+GRAD_LAUNCH = 5e8  # what a launch takes that has little to do, 1.6 microseconds, in multiply-adds
 
 
 class PlanRow(NamedTuple):
