@@ -27,6 +27,7 @@ SHAPES = (
 )
 EMPTY = ((0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (0, 0))
 
+OVER_FREQUENCIES = ((12, 9, 5, 5), 1, 1, 1)  # with Triton too
 # Of the penalty: weight shape (O, I/g, k...), stride, dilation, groups
 LAYERS = (
     ((16, 16, 3, 3), 1, 1, 1),
@@ -53,6 +54,7 @@ LAYERS = (
     ((12, 10, 3, 3), 2, 1, 4),
     ((1, 1, 3, 3), 1, 1, 1),
     ((1, 8, 3), 1, 1, 1),
+    OVER_FREQUENCIES,
 )
 EMPTY_LAYERS = (((8, 0, 3, 3), 1, 1, 1), ((0, 8, 3, 3), 1, 1, 1))
 

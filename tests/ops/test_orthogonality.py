@@ -12,7 +12,7 @@ from isonet_fast.ops import closed_form, orthogonality
 from isonet_fast.penalty_arguments import checked_layer
 from isonet_fast.problem import Problem
 from isonet_fast.split_work import split_work
-from tests.cases import LAYERS, LAYOUTS, random_weight
+from tests.cases import LAYERS, LAYOUTS, OVER_FREQUENCIES, random_weight
 
 ops = torch.ops.isonet_fast
 
@@ -82,9 +82,9 @@ def test_half_precision_weights_are_computed_in_float32(dtype, device):
     assert relative(grad, exact_grad) < 1e-2
 
 
-def network(device, dtype=torch.float64):
-    """A list with repeated shapes, mixed ranks and geometries, as one call sees it."""
-    specs = [LAYERS[n] for n in (0, 1, 0, 3, 8, 0, 13, 10, 11)]
+def network(device, dtype=torch.float64, more=()):
+    """A list with repeated shapes, mixed ranks and geometries, as one call sees it; `more` of LAYERS."""
+    specs = [LAYERS[n] for n in (0, 1, 0, 3, 8, 0, 13, 10, 11, *more)]
     weights = [weights_like(spec[0], "random", device, dtype).requires_grad_() for spec in specs]
     stride, dilation, groups = ([spec[i] for spec in specs] for i in (1, 2, 3))
     return weights, dict(stride=stride, dilation=dilation, groups=groups, penalty="lorth")
@@ -93,7 +93,7 @@ def network(device, dtype=torch.float64):
 @both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_whole_list_is_the_sum(dtype, device):
-    weights, geometry = network(device, dtype)
+    weights, geometry = network(device, dtype, more=[LAYERS.index(OVER_FREQUENCIES)])
     loss = functional.orthogonality_loss(weights, **geometry)
     grads = torch.autograd.grad(loss, weights)
     exact, exact_grads = reference_value_and_grads(weights, **geometry)
@@ -182,6 +182,18 @@ def test_opcheck(device):
     opcheck(ops.orthogonality_loss.default, (weights, problem.text, True))
     loss, _, saved = ops.orthogonality_loss(weights, problem.text, True)
     opcheck(ops.orthogonality_loss_backward.default, (loss, saved, weights, problem.text))
+
+
+@both_forms
+def test_opcheck_of_a_layer_that_triton_computes_over_frequencies(device):
+    """Without the check that compares everything, padding included."""
+    weights = [torch.randn(9, 12, 11, device=device)]
+    problem = problem_of(weights, "isonet")
+    assert problem.layers[0].triton_form == "frequency"
+    checks = ("test_schema", "test_faketensor")
+    opcheck(ops.orthogonality_loss.default, (weights, problem.text, True), test_utils=checks)
+    loss, _, saved = ops.orthogonality_loss(weights, problem.text, True)
+    opcheck(ops.orthogonality_loss_backward.default, (loss, saved, weights, problem.text), test_utils=checks)
 
 
 def test_the_bare_op_refuses_to_lose_a_gradient(device):
