@@ -119,21 +119,26 @@ def peers(rows: list[Row], folder: Path) -> list[Path]:
     found = cases(rows, op="peers", mode="step")
     if not found:
         return []
-    figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4.5), layout="constrained", squeeze=False)
-    for axis, workload in zip(axes[0], found, strict=True):
+    figure, axes = plt.subplots(2, len(found), figsize=(5 * len(found), 6), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(row["provider"] for row in rows if row["op"] == "peers"))
+    names.sort(key=lambda name: (name != "isonet_fast", name == "none"))
+    for (above, below), workload in zip(axes.T, found, strict=True):
         steps = group(rows, ("none", "isonet_fast"), **workload)
-        for provider, row in steps.items():
-            ends = [group(rows, (provider,), **{**workload, "mode": mode}) for mode in ("smallest", "largest")]
-            if not all(ends):
-                continue
-            smallest, largest = 1 - float(ends[0][provider]["error"]), 1 + float(ends[1][provider]["error"])
-            added = max(ms(row) - ms(steps["none"]), 0.01 * ms(steps["none"]))
-            (line,) = axis.plot([added, added], [smallest, largest], "_-", markersize=10, linewidth=3)
-            axis.annotate(provider, (added, largest), rotation=60, fontsize=7, color=line.get_color())
-        axis.axhline(1.0, color="#8c8c8c", linewidth=0.8)
-        axis.set(title=workload["case"], xlabel="ms added to the step (1 % of it or less: at 1 %)", xscale="log")
-        axis.set(ylabel="singular values, smallest to largest")
-        axis.margins(0.15, 0.35)
+        for at, name in enumerate(names):
+            color = "#4c72b0" if name == "isonet_fast" else "#8c8c8c"
+            if name in steps and name != "none":
+                above.barh(at, ms(steps[name]) - ms(steps["none"]), color=color)
+            ends = [group(rows, (name,), **{**workload, "mode": mode}) for mode in ("smallest", "largest")]
+            if all(ends):
+                span = [1 - float(ends[0][name]["error"]), 1 + float(ends[1][name]["error"])]
+                below.plot(span, [at, at], "|-", color=color, markersize=10, linewidth=3)
+        above.set(title=workload["case"], xlabel="ms added to the step", xscale="log")
+        below.axvline(1.0, color="black", linewidth=0.8)
+        below.set(xlabel="singular values, smallest to largest")
+        for axis in (above, below):
+            axis.set_yticks(range(len(names)), names if axis in axes[:, 0] else [])
+            axis.set_ylim(len(names) - 0.5, -0.5)
+            axis.grid(axis="x", alpha=0.3)
     figure.suptitle(rows[-1]["device"])
     path = folder / "peers.png"
     figure.savefig(path, dpi=110)
@@ -148,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = [row for row in everything if row["p50_ms"]]
     for kind in ("CPU", "GPU"):
         rows = on(timed, kind)
-        if rows:  # the machine that measured last
-            device = rows[-1]["device"]
-            for path in draw([row for row in rows if row["device"] == device], kind.lower(), folder):
+        devices = [row["device"] for row in rows if row["op"] == "step"]
+        if devices:  # the one that timed a training step last
+            for path in draw([row for row in rows if row["device"] == devices[-1]], kind.lower(), folder):
                 print(path)
     for path in step(on(timed, "GPU") or on(timed, "CPU"), folder):
         print(path)
