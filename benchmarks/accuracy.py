@@ -2,10 +2,11 @@
 
 Relative error against float64 of the loss and of the gradient, for kernels at a distance of 1e-3 from an orthogonal
 one, where G - I is a small difference of large numbers. The rows named isonet_fast run the Triton kernels (on the GPU,
-or in Triton's interpreter); "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor
-cores would give at best. "official" is the official code's convolution in float32, as the device multiplies it. The
-closed form (ops/closed_form.py) and the compiled kernel (csrc/orthogonality_cpu.cpp, for small layers) compute in
-float32 over overlapping taps or over frequencies. The orthogonal tap is the middle one, or one beside it. Rows go to
+or in Triton's interpreter), which compute 5x5 over frequencies; "isonet_fast, overlap" is the same over overlapping
+taps. "tf32", "bf16" and "bf16x3" round operands so, and multiply and add exactly: what tensor cores would give at best.
+"official" is the official code's convolution in float32, as the device multiplies it. The closed form
+(ops/closed_form.py) and the compiled kernel (csrc/orthogonality_cpu.cpp, for small layers) compute in float32 over
+overlapping taps or over frequencies. The orthogonal tap is the middle one, or one beside it. Rows go to
 benchmarks/results/accuracy.csv, the figure to docs/accuracy.png.
 """
 
@@ -52,15 +53,24 @@ LABELS = {  # provider: how the gram and then the gradient's product are compute
     "closed form, frequency": "closed form, frequencies: float32",
     "compiled kernel, overlap": "compiled kernel, overlapping taps: float32",
     "compiled kernel, frequency": "compiled kernel, frequencies: float32",
+    "isonet_fast, overlap": "isonet_fast, overlapping taps: bf16x3, bf16",
 }
 
 
+class OverOffsets(Layer):
+    """A layer that the Triton kernels compute over offsets whatever its kernel."""
+
+    triton_form = "overlap"  # type: ignore[assignment]
+
+
 class Size(NamedTuple):
-    """A square kernel, and the place of its orthogonal tap in each dimension."""
+    """A kernel of equal sides, and the place of its orthogonal tap in each dimension."""
 
     channels: int
     kernel: int
     tap: int
+    dims: int = 2
+    stride: int = 1
 
     @property
     def central(self) -> bool:
@@ -68,19 +78,42 @@ class Size(NamedTuple):
 
     @property
     def case(self) -> str:
-        tap = "" if self.central else f", tap ({self.tap}, {self.tap})"
-        return f"{self.channels} channels, {self.kernel}x{self.kernel}{tap}"
+        kernel = "x".join([str(self.kernel)] * self.dims)
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        tap = "" if self.central else f", tap {(self.tap,) * self.dims}"
+        return f"{self.channels} channels, {kernel}{stride}{tap}"
+
+    @property
+    def layer(self) -> Layer:
+        shape = (self.channels, self.channels, *[self.kernel] * self.dims)
+        return Layer(shape, (self.stride,) * self.dims, (1,) * self.dims, 1, "isonet")
+
+    @property
+    def official(self) -> bool:
+        """Whether the official code takes it."""
+        return self.dims == 2 and self.kernel != 7 and (self.kernel - 1) % self.stride == 0
 
 
-def central(*sizes: tuple[int, int]) -> list[Size]:
-    return [Size(channels, kernel, kernel // 2) for channels, kernel in sizes]
+def central(*sizes: tuple[int, int], dims: int = 2, stride: int = 1) -> list[Size]:
+    return [Size(channels, kernel, kernel // 2, dims, stride) for channels, kernel in sizes]
 
 
-MATRIX_SIZES = central((64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3))  # where every provider is measured
+MATRIX_SIZES = [  # where every provider is measured
+    *central((64, 1), (128, 1), (256, 1), (512, 1), (64, 3), (128, 3)),
+    *central((32, 5), (64, 5)),
+]
 FLOAT32_SIZES = [  # where those are that compute in float32
-    *central((16, 1), (16, 2), (64, 2), (512, 2), (16, 3), (256, 3), (512, 3)),
-    *central((16, 5), (32, 5), (64, 5), (128, 5), (256, 5), (16, 7), (64, 7), (128, 7)),
+    *central((16, 1), (32, 1)),
+    *central((16, 2), (32, 2), (64, 2), (512, 2)),
+    *central((16, 3), (32, 3), (256, 3), (512, 3)),
+    *central((16, 4), (32, 4), (64, 4), (128, 4)),
+    *central((16, 5), (128, 5), (256, 5)),
+    *central((16, 6), (32, 6), (64, 6), (128, 6)),
+    *central((16, 7), (32, 7), (64, 7), (128, 7), (256, 7)),
     *[Size(16, 3, 0), Size(32, 5, 1), Size(64, 5, 1)],
+    *central((16, 3), (64, 3), (256, 3), (64, 9), dims=1),
+    *central((16, 3), (32, 3), (64, 3), dims=3),
+    *central((64, 3), (128, 3), (256, 3), (64, 4), (32, 5), (64, 7), stride=2),
 ]
 FLOAT32 = ("official", "closed form", "compiled kernel")
 Rounding = Callable[[Tensor], tuple[Tensor, ...]]
@@ -143,8 +176,8 @@ def closed(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
     return losses.item(), grads[0]
 
 
-def official(weight: Tensor) -> tuple[float, Tensor]:
-    conv = nn.Conv2d(*weight.shape[:2], weight.shape[-1], bias=False)
+def official(weight: Tensor, layer: Layer) -> tuple[float, Tensor]:
+    conv = nn.Conv2d(*weight.shape[:2], weight.shape[-1], stride=layer.stride[0], bias=False)
     conv.weight = nn.Parameter(weight)
     loss = official_penalty(conv)
     return loss.item(), torch.autograd.grad(loss, conv.weight)[0]
@@ -159,8 +192,8 @@ def compiled(weight: Tensor, layer: Layer, form: str) -> tuple[float, Tensor]:
 
 def near_orthogonal(size: Size, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.zeros(size.channels, size.channels, size.kernel, size.kernel)
-    torch.nn.init.orthogonal_(weight[:, :, size.tap, size.tap], generator=generator)
+    weight = torch.zeros(size.layer.shape)
+    torch.nn.init.orthogonal_(weight[(..., *[size.tap] * size.dims)], generator=generator)
     noise = torch.randn(weight.shape, generator=generator)
     return weight + DISTANCE * noise * (weight.norm() / noise.norm())
 
@@ -169,8 +202,10 @@ def providers_of(size: Size, layer: Layer, device: torch.device) -> list[str]:
     chosen = [*LABELS]
     if size in FLOAT32_SIZES and device.type == "cpu":
         chosen = [provider for provider in chosen if provider.startswith(FLOAT32)]
-    if size.kernel == 7:  # which the official code leaves out
+    if not size.official:
         chosen.remove("official")
+    if layer.triton_form == "overlap" and "isonet_fast, overlap" in chosen:  # it would be there twice
+        chosen.remove("isonet_fast, overlap")
     if not (layer.small and device.type == "cpu" and library.compiled_for("cpu")):
         chosen = [provider for provider in chosen if not provider.startswith("compiled kernel")]
     return chosen
@@ -179,12 +214,12 @@ def providers_of(size: Size, layer: Layer, device: torch.device) -> list[str]:
 def measure(size: Size, seeds: int, device: torch.device, failures: list[str]) -> dict[str, tuple[float, float]]:
     """Median over the seeds of each provider's relative errors of (loss, gradient); a provider that fails is left out,
     and told to `failures`."""
-    layer = Layer((size.channels, size.channels, size.kernel, size.kernel), (1, 1), (1, 1), 1, "isonet")
+    layer = size.layer
     errors: dict[str, list[tuple[float, float]]] = {name: [] for name in providers_of(size, layer, device)}
     for seed in range(seeds):
         weight = near_orthogonal(size, seed).to(device)
         exact = weight.double().requires_grad_()
-        wanted = reference.orthogonality_loss(exact)
+        wanted = reference.orthogonality_loss(exact, stride=size.stride)
         (gradient,) = torch.autograd.grad(wanted, exact)
         for provider in [*errors]:
             try:
@@ -207,9 +242,11 @@ def computed(provider: str, weight: Tensor, layer: Layer) -> tuple[float, Tensor
     if name == "closed form":
         return closed(weight, layer, form)
     if name == "official":
-        return official(weight)
+        return official(weight, layer)
     if name == "compiled kernel":
         return compiled(weight, layer, form)
+    if form == "overlap":
+        layer = OverOffsets(layer.shape, layer.stride, layer.dilation, layer.groups, layer.penalty)
     return kernels(weight, layer, "highest" if name.endswith("highest") else None)
 
 
@@ -247,7 +284,10 @@ def draw(results: dict[Size, dict[str, tuple[float, float]]]) -> None:
     for n, axis in enumerate(axes):
         for index, (provider, label) in enumerate(LABELS.items()):
             for kernel, style in ((1, "o-"), (3, "s--")):
-                at = sorted(s for s, found in results.items() if s.kernel == kernel and s.central and provider in found)
+                drawn = [s for s in results if [s] == central((s.channels, kernel)) and provider in results[s]]
+                at = sorted(drawn)
+                if not at:
+                    continue
                 values = [results[size][provider][n] for size in at]
                 axis.plot(
                     [size.channels for size in at],
@@ -258,7 +298,7 @@ def draw(results: dict[Size, dict[str, tuple[float, float]]]) -> None:
                 )
         axis.set(xscale="log", yscale="log", xlabel="channels (solid: 1x1, dashed: 3x3)")
         axis.set(title=("loss", "gradient")[n] + ": relative error against float64")
-        axis.set_xticks([16, 64, 128, 256, 512], ["16", "64", "128", "256", "512"])
+        axis.set_xticks([16, 32, 64, 128, 256, 512], ["16", "32", "64", "128", "256", "512"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -286,7 +326,7 @@ def main() -> int:
         for failure in failures[told:]:
             print(f"FAILED {failure}", file=sys.stderr, flush=True)
         for provider, (loss, gradient) in results[size].items():
-            print(f"{size.case:29} {provider:26} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
+            print(f"{size.case:30} {provider:26} loss {loss:.1e} gradient {gradient:.1e}", flush=True)
         if not quick:
             record({size: results[size]}, device)
     if not quick:
