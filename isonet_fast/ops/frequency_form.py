@@ -110,6 +110,8 @@ def _products(c: Tensor, s: Tensor, want_grad: bool) -> Tensor:
     u = torch.bmm(c, x.mT).baddbmm_(s, (c - s).mT, alpha=-1)
     u.diagonal(dim1=1, dim2=2).sub_(1)
     if want_grad:
+        # Measured on two threads of an AMD EPYC: with four plain products in place of these three, penalty and gradient
+        # of one layer of 64 to 512 channels, 3x3, take 1.06 to 1.14 times as long.
         im = torch.bmm(u, c)
         d = torch.bmm(torch.lerp(u, u.mT, 0.5), x, out=c)
         im.sub_(d)
