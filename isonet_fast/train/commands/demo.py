@@ -137,7 +137,7 @@ def _print(summary: dict[str, Any], output: Path) -> None:
     print(f"\ntest accuracy {summary['test_accuracy']:.4f} after {summary['epochs']} epochs", end="")
     print(f" ({summary['seconds']:.1f} s of training), penalty {summary['penalty']:.4g}\n")
     print(f"{'one training step':<22} {'ms':>8}")
-    labels = {"official": "official arithmetic", "isonet_fast": "isonet_fast", "bare": "bare (the ceiling)"}
+    labels = {"official": "official arithmetic", "isonet_fast": "isonet_fast", "bare": "bare (the lower bound)"}
     for key, label in labels.items():
         print(f"{label:<22} {summary['step_ms'][key]:>8.1f}")
     print(f"\nspeedup over the official arithmetic: {summary['speedup']:.2f}x")
