@@ -105,7 +105,7 @@ def test_prints_a_table_with_every_figure(small, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert ["official", "arithmetic", "30.0"] in rows and ["isonet_fast", "12.0"] in rows
-    assert ["bare", "(the", "ceiling)", "10.0"] in rows
+    assert ["bare", "(the", "lower", "bound)", "10.0"] in rows
     assert "speedup over the official arithmetic: 2.50x" in out
     assert "96 digits" in out and str(tmp_path / "summary.json") in out and str(tmp_path / "training.png") in out
 
