@@ -16,7 +16,7 @@
 namespace isonet_fast::cpu {
 
 // Where the elements of some dimensions lie, the last dimension fastest.
-inline std::vector<int64_t> places(const int64_t* sizes, const int64_t* strides, int64_t dims) {
+inline std::vector<int64_t> memory_offsets(const int64_t* sizes, const int64_t* strides, int64_t dims) {
   std::vector<int64_t> result{0};
   for (int64_t d = 0; d < dims; ++d) {
     std::vector<int64_t> outer;
@@ -27,16 +27,16 @@ inline std::vector<int64_t> places(const int64_t* sizes, const int64_t* strides,
   return result;
 }
 
-// Where the elements of a tensor (O, I/groups, k...) lie: the sum of the places of its group, row, column and tap.
-struct Places {
+// Where the elements of a tensor (O, I/groups, k...) lie: the sum of the offsets of its group, row, column and tap.
+struct MemoryOffsets {
   std::vector<int64_t> rows, columns, taps;
   int64_t group;
 
-  Places(const OrthogonalityLayer& layer, const int64_t* strides) {
+  MemoryOffsets(const OrthogonalityLayer& layer, const int64_t* strides) {
     const int64_t outputs = layer.sizes[0] / layer.groups, split = layer.one_tap ? layer.dims : 2;
-    rows = places(&outputs, strides, 1);
-    columns = places(layer.sizes + 1, strides + 1, split - 1);
-    taps = places(layer.sizes + split, strides + split, layer.dims - split);
+    rows = memory_offsets(&outputs, strides, 1);
+    columns = memory_offsets(layer.sizes + 1, strides + 1, split - 1);
+    taps = memory_offsets(layer.sizes + split, strides + split, layer.dims - split);
     if (layer.transposed) rows.swap(columns);
     group = outputs * strides[0];
   }
@@ -47,7 +47,7 @@ inline bool is_zero(const int64_t* unit) { return unit[0] == 0 && unit[1] == 0 &
 // What the groups of a layer share.
 struct Plan {
   const OrthogonalityLayer& layer;
-  const Places weight, grad;
+  const MemoryOffsets weight, grad;
   const int64_t rows;
   const int64_t stride;          // the rows, filled up to whole vectors
   int64_t blocks = 1;            // how many there are

@@ -42,7 +42,7 @@ NARROW = ("finish", "transform back")  # kernels that store 4 bytes at a time
 DRAIN = re.compile(r"pendings = 0\b|async_wait[^:]*\bnum = 0\b")
 
 
-class Case(NamedTuple):
+class Compilation(NamedTuple):
     """One kernel as one launcher calls it; operands: loads that must run ahead, in all its loops together."""
 
     name: str
@@ -53,22 +53,22 @@ class Case(NamedTuple):
     tensor_core: bool = False
 
 
-def cases(arch: int) -> Iterator[Case]:
+def cases(arch: int) -> Iterator[Compilation]:
     """Every kernel that a device of this architecture launches."""
     for key in ("tma" if arch in (90, 100) else "pointer", "highest"):
         variant = tiles.VARIANTS[key]
         yield from _variant_cases(variant, "" if key != "highest" else " float32")
     signature = {"loss": "*fp32", "losses": "*fp32", "partials": "*fp32", "ranges": "*i32", "shares": "*fp64"}
     signature |= {"constants": "*fp64", "coefficients": "*fp64", "layers": "i32", "longest": "i32"}
-    yield Case("finish", finish_kernel, signature, tiles.FINISH_OPTIONS)
+    yield Compilation("finish", finish_kernel, signature, tiles.FINISH_OPTIONS)
     signature = {"spectrum": "*fp32", "tiles": "*i32", "waves": "*fp32", "views": "*i64", "scale": "fp32"}
     for accumulate in (False, True):
         name = "transform back" + (" accumulate" if accumulate else "")
         flat = {} if accumulate else {"out": "*fp32"}
-        yield Case(name, transform_back_kernel, signature | flat, tiles.transform_back_options(accumulate))
+        yield Compilation(name, transform_back_kernel, signature | flat, tiles.transform_back_options(accumulate))
 
 
-def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
+def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Compilation]:
     element = "bf16" if variant.products == 3 else "fp32"
     fast = variant.products == 3
 
@@ -77,9 +77,9 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
 
     signature = {"hi": f"*{element}", "lo": f"*{element}", "tiles": "*i32", "views": "*i64"}
     signature |= {"arrivals": "*i32", "counted": "i32"}
-    yield Case(f"pack{suffix}", pack_kernel, signature, tiles.pack_options(variant))
+    yield Compilation(f"pack{suffix}", pack_kernel, signature, tiles.pack_options(variant))
     options = tiles.transform_options(fast)
-    yield Case(f"transform{suffix}", transform_kernel, signature | {"waves": "*fp32"}, options)
+    yield Compilation(f"transform{suffix}", transform_kernel, signature | {"waves": "*fp32"}, options)
     for gram in variant.gram:
         box = plane(gram.block, gram.chunk)
         signature = {"hi": box, "lo": box, "residual": f"*{element}", "partials": "*fp32", "tiles": "*i32"}
@@ -87,7 +87,7 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
         for save in (True, False):
             name = f"gram {gram.block}x{gram.block}" + ("" if save else " loss only") + suffix
             options = tiles.gram_options(variant, gram, save)
-            yield Case(name, gram_kernel, signature, options, 6 if fast else 2, fast)
+            yield Compilation(name, gram_kernel, signature, options, 6 if fast else 2, fast)
     for grad in variant.grad:
         signature = {
             "parts": "*fp32",
@@ -105,10 +105,10 @@ def _variant_cases(variant: tiles.Variant, suffix: str) -> Iterator[Case]:
             flat = {} if accumulate else {"out": "*fp32", "grad_output": "*fp32"}
             name = f"grad {grad.rows}x{grad.columns}" + (" accumulate" if accumulate else "") + suffix
             options = tiles.grad_options(variant, grad, accumulate)
-            yield Case(name, grad_kernel, signature | flat, options, 4, fast)
+            yield Compilation(name, grad_kernel, signature | flat, options, 4, fast)
 
 
-def compile_case(case: Case, arch: int) -> Any:
+def compile_case(case: Compilation, arch: int) -> Any:
     """What `kernel[grid](...)` compiles: pointers aligned to 16 bytes, absent arguments None. A test compares."""
     names = case.kernel.arg_names
     signature = {name: case.signature.get(name, "constexpr") for name in names}
@@ -123,7 +123,7 @@ def compile_case(case: Case, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
+def inspect(case: Compilation, arch: int) -> tuple[dict[str, Any], list[str]]:
     """One row, and the gates that this kernel fails."""
     built = compile_case(case, arch)
     sass, usage = _disassemble(built.asm["cubin"])
@@ -162,7 +162,7 @@ def inspect(case: Case, arch: int) -> tuple[dict[str, Any], list[str]]:
     return row, [f"{case.name} sm_{arch}: {gate}" for gate, holds in gates.items() if not holds]
 
 
-def wide_stores(case: Case) -> tuple[int, int]:
+def wide_stores(case: Compilation) -> tuple[int, int]:
     """Stores and additions of 16 bytes that a kernel must hold. A gradient's: for a piece of a split tile; and, along
     rows and along columns, for a whole tile and for 64 columns of one whose pieces were added up."""
     options = case.options

@@ -98,7 +98,7 @@ class View(NamedTuple):
     table: Table | None  # None: the kernels can't write these dtypes
 
 
-class Flat(NamedTuple):
+class GradientBuffer(NamedTuple):
     """The buffer for the gradients of weights of these strides and dtypes."""
 
     strides: list[tuple[int, ...]]
@@ -143,7 +143,7 @@ class Tables(DeviceArrays):
         self._static = _static_columns(plan)
         # Newest first. Several: gradients that are made anew at every step often alternate between a few places.
         self._views: dict[str, deque[View]] = {role: deque(maxlen=4) for role in ("read", "add")}
-        self._flat: Flat | None = None
+        self._flat: GradientBuffer | None = None
 
     def view(self, role: str, tensors: Sequence[Tensor], stream: torch.cuda.Stream | None) -> Tensor | None:
         """The view of weights ("read") or of gradients ("add"); None for gradients that are not float32.
@@ -202,7 +202,7 @@ class Tables(DeviceArrays):
             layout = layout_of(weights)
             addresses, packed = [p.at * 4 for p in layout.slots], [p.strides for p in layout.slots]
             rows = self._rows(packed, [torch.float32] * len(weights))
-            flat = self._flat = Flat(strides, dtypes, layout, self._placed(rows, addresses, False))
+            flat = self._flat = GradientBuffer(strides, dtypes, layout, self._placed(rows, addresses, False))
         return flat.layout, flat.table
 
     def _rows(self, strides: list, dtypes: list) -> np.ndarray:

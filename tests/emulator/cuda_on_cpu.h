@@ -61,14 +61,14 @@ inline const bool refuses = std::getenv("EMULATOR_REFUSES") != nullptr;  // as a
 constexpr size_t kStack = 64 << 10;
 
 // Where a fiber, or the scheduler, goes on.
-struct Place {
+struct Continuation {
   ucontext_t context;
   jmp_buf jump;
   bool left = false;  // by a switch: `jump` is set
 };
 
 struct Fiber {
-  Place place;
+  Continuation continuation;
   std::unique_ptr<char[]> stack{new char[kStack]};
   uint3 thread;
   bool done = false;
@@ -87,7 +87,7 @@ struct Block {
   uint3 index;
   int live = 0;
   Fiber* current = nullptr;
-  Place scheduler;
+  Continuation scheduler;
   Barrier all;
   std::vector<Barrier> warps;
   std::vector<uint64_t> shuffle[2];  // one slot per thread
@@ -100,7 +100,7 @@ inline Block* block = nullptr;
 
 // AddressSanitizer must be told when the stack changes under it, and knows no jump from stack to stack. Without it a
 // stack is entered once, and then jumped to: swapcontext makes two system calls.
-inline void switch_place(Place& from, Place& to, const void* stack, size_t size) {
+inline void switch_to(Continuation& from, Continuation& to, const void* stack, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, stack, size);
@@ -118,7 +118,7 @@ inline void switch_place(Place& from, Place& to, const void* stack, size_t size)
 inline const void* main_stack = nullptr;
 inline size_t main_stack_size = 0;
 
-inline void yield() { switch_place(block->current->place, block->scheduler, main_stack, main_stack_size); }
+inline void yield() { switch_to(block->current->continuation, block->scheduler, main_stack, main_stack_size); }
 
 inline void arrive(Barrier& barrier, int needed) {
   block->progress = true;
@@ -149,12 +149,12 @@ inline void fiber_main() {
 }
 
 inline void begin(Fiber& fiber) {
-  getcontext(&fiber.place.context);
-  fiber.place.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.place.context.uc_stack.ss_size = kStack;
-  fiber.place.context.uc_link = nullptr;
-  makecontext(&fiber.place.context, fiber_main, 0);
-  fiber.place.left = false;
+  getcontext(&fiber.continuation.context);
+  fiber.continuation.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.continuation.context.uc_stack.ss_size = kStack;
+  fiber.continuation.context.uc_link = nullptr;
+  makecontext(&fiber.continuation.context, fiber_main, 0);
+  fiber.continuation.left = false;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // frames that were never returned from
 #endif
@@ -185,7 +185,7 @@ inline void run_block(Block& b) {
       Fiber& fiber = fibers[t];
       if (fiber.done || b.error) continue;
       b.current = &fiber;
-      switch_place(b.scheduler, fiber.place, fiber.stack.get(), kStack);
+      switch_to(b.scheduler, fiber.continuation, fiber.stack.get(), kStack);
     }
     if (!b.progress && !b.error)
       throw std::runtime_error("deadlock: " + std::to_string(b.live) + " threads wait at a barrier that others miss");
