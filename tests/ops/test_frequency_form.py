@@ -181,8 +181,14 @@ def test_not_a_number_stays_in_its_group():
     assert grads[0][:12].isnan().all() and grads[0][12:].isfinite().all() and grads[1].isfinite().all()
 
 
-@pytest.mark.parametrize("channels, kernel", [(16, 3), (16, 7), (64, 2), (64, 3), (48, 5), (160, 3)])
-def test_the_gradient_near_the_optimum_is_at_least_as_exact(channels, kernel):
+@pytest.mark.parametrize(
+    "channels, kernel, stride",
+    [
+        *[(16, 3, 1), (16, 4, 1), (16, 6, 1), (16, 7, 1), (32, 6, 1), (64, 2, 1), (64, 3, 1), (48, 5, 1), (160, 3, 1)],
+        *[(64, 4, 2), (64, 7, 2), (128, 3, 2)],
+    ],
+)
+def test_the_gradient_near_the_optimum_is_at_least_as_exact(channels, kernel, stride):
     """An orthogonal middle tap, moved by 1e-3 of its norm: G - I is a small difference of large numbers."""
     errors = dict.fromkeys(FORMS, 0.0)
     for seed in range(3):
@@ -191,9 +197,10 @@ def test_the_gradient_near_the_optimum_is_at_least_as_exact(channels, kernel):
         torch.nn.init.orthogonal_(weight[:, :, kernel // 2, kernel // 2], generator=generator)
         noise = torch.randn(weight.shape, generator=generator)
         weight += 1e-3 * noise * weight.norm() / noise.norm()
-        exact = evaluate([weight.double()], layer_of(weight.shape), "overlap")[1][0]
+        layer = layer_of(weight.shape, stride)
+        exact = evaluate([weight.double()], layer, "overlap")[1][0]
         for form in FORMS:
-            (grad,) = evaluate([weight], layer_of(weight.shape), form)[1]
+            (grad,) = evaluate([weight], layer, form)[1]
             errors[form] += ((grad - exact).norm() / exact.norm()).item()
     assert errors["frequency"] <= errors["overlap"]
 
