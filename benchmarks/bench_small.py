@@ -20,7 +20,7 @@ from .harness import Contender, Session, Workload, parser
 COUNT = 10  # layers
 TOLERANCE = 1e-4
 LAYERS = [  # channels, kernel, stride
-    *[(channels, (3, 3), 1) for channels in (9, 10, 12, 16, 32, 64, 128)],
+    *[(channels, (3, 3), 1) for channels in (9, 10, 12, 14, 16, 32, 64, 128)],
     *[(channels, (5, 5), 1) for channels in (16, 32, 64, 128)],
     *[(32, (2, 2), 1), (64, (4, 4), 2), (32, (3,), 1), (64, (3,), 1), (16, (5,), 1)],
 ]

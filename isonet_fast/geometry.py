@@ -24,9 +24,8 @@ Precision = Literal["highest"]  # None: as fast as the tolerances allow
 # thread that the compiled kernel gives it, and matrix products are large enough to use several.
 SMALL = 128**2
 # A small layer must multiply less by this factor over frequencies, which also take more additions and transposes.
-# Measured with the compiled kernel on an AMD EPYC: 10 channels 3x3 multiply 1.20 times less and take 1.04 times the
-# time, 12 channels multiply 1.29 times less and take 1.04 times less time (docs/benchmarks.md).
-SMALL_FACTOR = 1.2
+# Measured with the compiled kernel: the two forms meet where 3x3 kernels have 14 to 16 channels (docs/benchmarks.md).
+SMALL_FACTOR = 1.4
 # The transforms of the frequency form take as long as its products where channels are few. Of the products of the form
 # over offsets it has 0.26 for 5x5, 0.34 for 3x3x3, and gains as tools/schedule.py predicts for a GPU; networks of few
 # channels would lose with 4x4 (0.38) and nine taps in one dimension (0.41).

@@ -100,7 +100,7 @@ def test_half_of_the_frequencies_covers_all():
         (layer_of((256, 256, 3, 3)), "frequency"),
         (layer_of((129, 129, 3, 3)), "frequency"),
         (layer_of((16, 16, 3, 3)), "frequency"),
-        (layer_of((10, 10, 3, 3)), "overlap"),  # small, and frequencies save less than SMALL_FACTOR
+        (layer_of((14, 14, 3, 3)), "overlap"),  # small, and frequencies save less than SMALL_FACTOR
         (layer_of((128, 128, 2, 2)), "overlap"),
         (layer_of((129, 129, 2, 2)), "frequency"),
         (layer_of((32, 32, 5, 5)), "frequency"),
