@@ -72,6 +72,10 @@ class StepBenchmark:
         self.truth = truth(self.model, self.x[:CHECKED], self.y[:CHECKED])
         self.flops = flops(self.model, self.x)
         self.repo = repo if "isonet" in case.network else None
+        layout = "channels_last" if self.layout == torch.channels_last else "nchw"
+        self.dtype = torch.bfloat16 if self.half else torch.float32
+        self.workload = Workload("step", "training", str(case), dtype_name(self.dtype), layout)
+        self.timed: set[str] = set()
 
     def step(self, provider: str) -> Step | None:
         """None where this machine lacks the provider."""
@@ -130,13 +134,10 @@ class StepBenchmark:
         session = self.session
         if session.late(f"{self.case}: {', '.join(chosen)}"):
             return
-        dtype = torch.bfloat16 if self.half else torch.float32
-        limit = session.matmul_tflops(dtype)
+        limit = session.matmul_tflops(self.dtype)
         contenders = [c for name in chosen for c in session.attempt(name, functools.partial(self.contender, name))]
-        layout = "channels_last" if self.layout == torch.channels_last else "nchw"
-        workload = Workload("step", "training", str(self.case), dtype_name(dtype), layout)
         seconds = SECONDS[session.device.type]
-        session.compare(workload, contenders, TOLERANCE[self.half], limit, seconds=seconds)
+        self.timed |= session.compare(self.workload, contenders, TOLERANCE[self.half], limit, seconds=seconds).keys()
         session.clock.release()
 
     def profile(self, provider: str) -> None:
@@ -144,7 +145,8 @@ class StepBenchmark:
             self.session.demand("step")
         step = self.step(provider)
         assert step is not None
-        profile(self.session, self.case, provider, step, functools.partial(step, self.x, self.y))
+        compared = provider == "isonet_fast" and {"official", "isonet_fast", "bare"} <= self.timed
+        profile(self.session, self.workload, provider, step, self.x, self.y, compared)
 
 
 EAGER = ("official", "official-repo", "isonet_fast", "isonet_fast without penalty", "bare", "resnet")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import ROOT
 from .bench_interval import PROVIDERS
+from .breakdown import PROFILER
 from .rows import Row, group, ms, read
 from .targets import SHOWN, cases, evaluate, on
 
@@ -73,6 +74,25 @@ def step_table(rows: list[Row]) -> str:
         body.append([f"{workload['case']}, {workload['dtype']}", *times, rate, memory])
     head = ["step, ms", "official", "compiled", "ours", "bare", "ResNet, BatchNorm"]
     return markdown([*head, "images/s, ours / official", "peak MiB, ours / official"], body)
+
+
+def lines_table(rows: list[Row]) -> str:
+    """The work in our step that the bare step does not have, on a CPU; see breakdown.py."""
+    case, body = "step", []
+    for workload in cases(rows, op="step, lines")[-1:]:
+        lines = group(rows, **workload)
+        before = [row for row in rows if row["utc"] <= lines[PROFILER]["utc"]]  # the same run compared the steps first
+        side = group(before, ("official", "isonet_fast", "bare"), **{**workload, "op": "step"})
+        official, ours = (ms(side[p]) - ms(side["bare"]) for p in ("official", "isonet_fast"))
+        times = {line: ms(row) for line, row in lines.items()}
+        added = {PROFILER: times.pop(PROFILER)}
+        kernels = sum(time for line, time in times.items() if line.endswith("kernel"))
+        rest = ours - sum(times.values())
+        times["the rest: ours - bare, measured without the profiler, minus these lines"] = rest
+        times |= {"**ours - bare**": ours, "official - bare": official, "the kernels alone": kernels, **added}
+        body = [[line, f"{time:.2f}", f"{time / official:.0%}"] for line, time in times.items()]
+        case = workload["case"]
+    return markdown([case, "ms", "share of official - bare"], body)
 
 
 def penalty_table(rows: list[Row]) -> str:
@@ -172,6 +192,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "results": results_table,
     "targets": targets_table,
     "step": step_table,
+    "lines": lines_table,
     "penalty": penalty_table,
     "host": host_table,
     "small": small_table,
@@ -191,7 +212,7 @@ def by_device(make: Callable[[list[Row]], str], rows: list[Row]) -> str:
             last = own[-1]
             versions = ", ".join(filter(None, (f"torch {last['torch']}", last["driver"])))
             parts.append(f"{device.removeprefix('cpu: ')}, {versions}\n\n{table}")
-    if not on(rows, "GPU") and not (parts and make in (small_table, interval_table)):  # about the CPU
+    if not on(rows, "GPU") and not (parts and make in (lines_table, small_table, interval_table)):  # about the CPU
         parts.insert(0, f"No {'GPU' if parts else 'machine'} has measured this yet.\n")
     return "\n".join(parts)
 

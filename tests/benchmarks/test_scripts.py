@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-from benchmarks import bench_orthogonality, bench_srelu, clocks, providers, rows, run_all, step
+from benchmarks import bench_orthogonality, bench_srelu, breakdown, clocks, providers, rows, run_all, step, table
 from benchmarks.harness import Session, parser
 from isonet_fast import functional
 from isonet_fast.models.official import bare, official, official_penalty
@@ -61,7 +61,8 @@ def test_a_dry_run_times_every_provider_and_keeps_no_rows(script, options, expec
     assert session.finish() == 0 and session.skipped == 0
     written = rows.read(session.path.parent)  # raises for other columns
     assert expected <= {row["provider"] for row in written}
-    timed = [row for row in written if row["op"] != "profile" and row["mode"] not in ("largest", "smallest")]
+    profiled = ("profile", "step, lines")
+    timed = [row for row in written if row["op"] not in profiled and row["mode"] not in ("largest", "smallest")]
     assert all(float(row["p50_ms"]) >= 0 for row in timed)
     assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in timed)
     if script not in ("bench_scaling", "bench_peers", "bench_interval"):  # those measure cost, not errors
@@ -87,6 +88,11 @@ def test_dry_run_of_the_host():
 
 
 def check_profile(written):
+    lines = {row["provider"]: float(row["p50_ms"]) for row in written if row["op"] == "step, lines"}
+    del lines[breakdown.PROFILER]  # within the noise
+    assert list(lines) == [line for line, _ in breakdown.LINES]
+    assert all(ms > 0 for line, ms in lines.items() if "compiled" not in line or library.compiled_for("cpu"))
+    assert "the rest" in table.lines_table(written)
     shares = []
     for provider in ("official", "isonet_fast"):
         profiled = [row for row in written if row["op"] == "profile" and row["provider"] == provider]

@@ -1,8 +1,10 @@
 """README tables come from rows; targets are judged only by rows."""
 
+import types
+
 import pytest
 
-from benchmarks import plot, rows, table, targets
+from benchmarks import breakdown, plot, rows, table, targets
 
 STAMP = {"device": "NVIDIA H200", "torch": "2.11.0", "driver": "1, CUDA 13.0"}
 
@@ -44,6 +46,8 @@ def on_gpu(slow=1.0):
         step[0]["peak_bytes"] = str(int(400000 * slow))
         without = dict(step[0], provider="isonet_fast without penalty", p50_ms="99")
         found += [*step, without]
+    times = {"SReLU's forward kernel": 2, "the regularizer, kernel excluded": 1, breakdown.PROFILER: 0.5}
+    found += measured("step, lines", "training", "isonet50 batch 256 224x224", "bfloat16", **times)
     for mode in ("one thread", "all threads"):
         small = measured("orthogonality_small", mode, "16 channels, 3x3", "float32", overlap=2, frequency=1)
         found += [row | {"tflops": "1"} for row in small]
@@ -106,6 +110,41 @@ def test_every_table_is_made_with_and_without_measurements(name):
     assert "No GPU has measured this yet" not in made
     empty = table.render(f"<!-- benchmark:{name} -->\n<!-- /benchmark -->", [])
     assert "not measured" in empty or "No machine has measured this yet" in empty
+
+
+def test_lines_of_a_step_are_the_operators_own_time():
+    def operator(name, ms, parent=None):
+        return types.SimpleNamespace(name=name, self_cpu_time_total=1e3 * ms, cpu_parent=parent)
+
+    layer, penalty = operator("bench:SReLU", 0.5), operator("bench:penalty", 0.25)
+    function = operator("SReLU", 0.125, layer)
+    kernel = operator("isonet_fast::srelu_", 2, function)
+    engine = operator("autograd::engine::evaluate_function: SReLUBackward", 0.5)
+    node = operator("SReLUBackward", 0.25, engine)
+    events = [
+        *(operator("aten::mkldnn_convolution", 100), operator("aten::add_", 9, operator("Optimizer.step#SGD.step", 9))),
+        *(layer, function, kernel, operator("aten::maximum", 1, kernel)),  # where nothing is compiled
+        *(engine, node, operator("isonet_fast::srelu_backward", 4, node)),
+        *(penalty, operator("isonet_fast::orthogonality_small_", 8, penalty), operator("aten::sub", 0.125, penalty)),
+    ]
+    assert list(breakdown.lines(events).values()) == [3, 4, 8, 0.625, 0.75, 0.375]
+
+
+def test_lines_of_a_step_add_up_to_the_difference_of_the_steps_compared_before():
+    workload = "step", "training", "cifar32 batch 32 32x32", "float32"
+    found = measured(*workload, stamp="1", official=900, isonet_fast=500, bare=100)
+    found += measured(*workload, stamp="2", official=150, isonet_fast=112, bare=100)
+    times = dict(zip((line for line, _ in breakdown.LINES), (1, 2, 3, 0.5, 0.5, 0.25), strict=True))
+    found += measured("step, lines", *workload[1:], stamp="3", **times, **{breakdown.PROFILER: 1.5})
+    found += measured(*workload, stamp="4", official=900, isonet_fast=500, bare=100)
+    made = [line.strip("| ").split(" | ") for line in table.lines_table(found).splitlines()]
+    assert made[0] == ["cifar32 batch 32 32x32", "ms", "share of official - bare"]
+    assert made[2] == ["SReLU's forward kernel", "1.00", "2%"] and len(made) == 13
+    numbers = {line: (float(ms), share) for line, ms, share in made[2:]}
+    whole = numbers["**ours - bare**"]
+    assert whole == (12, "24%") and sum(float(line[1]) for line in made[2:9]) == 12
+    assert numbers["official - bare"] == (50, "100%") and numbers["the kernels alone"] == (6, "12%")
+    assert numbers[breakdown.PROFILER] == (1.5, "3%")
 
 
 def test_check_tells_a_stale_table(tmp_path, monkeypatch, capsys):
