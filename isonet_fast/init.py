@@ -37,9 +37,8 @@ def delta_(weight: Tensor, groups: int = 1, stride: int | Sequence[int] = 1) -> 
     inputs = weight.shape[1]
     for group in weight.chunk(groups):
         for n, tap in enumerate(itertools.product(*cells)):
-            rows = range(n * inputs, min((n + 1) * inputs, len(group)))
-            for i, output in enumerate(rows):
-                group[(output, i, *tap)] = 1
+            at: tuple[slice | int, ...] = (slice(n * inputs, (n + 1) * inputs), slice(None), *tap)
+            group[at].diagonal().fill_(1)
     return weight
 
 
