@@ -16,6 +16,11 @@ SOURCES = sorted(pathlib.Path(__file__).parents[1].glob("isonet_fast/**/*.py"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", DIGEST)
 
+# Compilers that know C++20 know these instructions: Inductor need not compile something for each set to find out. Nor
+# need it start processes to compile in, which import torch each: a test compiles one thing at a time.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 # An op that returns its input, or two views of one buffer, fails here as it will in a later PyTorch.
 os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")
 
