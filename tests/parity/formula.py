@@ -5,6 +5,7 @@ Integers are hashed exactly, so that nothing depends on a library's sine or on i
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -51,7 +52,14 @@ def labels() -> Tensor:
     return torch.tensor([17, 901])
 
 
+@functools.lru_cache(maxsize=1)
+def direction(size: int, stream: int) -> tuple[Tensor, Tensor]:
+    """Generic values, and their norm. Kept for the next call: a gradient is followed by that of the penalty."""
+    values = uniform((size,), 10_000 + stream)
+    return values, values.norm().clamp_min(1e-300)
+
+
 def measure(tensor: Tensor, stream: int) -> list[float]:
     """Norm, and projection on a generic direction of unit norm (a norm alone would not see a permutation)."""
-    direction, values = uniform((tensor.numel(),), 10_000 + stream), tensor.flatten()
-    return [values.norm().item(), (values @ direction / direction.norm().clamp_min(1e-300)).item()]
+    values, (along, norm) = tensor.flatten(), direction(tensor.numel(), stream)
+    return [values.norm().item(), (values @ along / norm).item()]

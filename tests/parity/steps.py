@@ -72,11 +72,16 @@ def record(steps: list[dict[str, Any]], model: nn.Module) -> dict[str, Any]:
 
 
 def summarise(step: Step, model: nn.Module) -> dict[str, Any]:
-    streams = {name: n for n, (name, _) in enumerate(model.named_parameters())}
+    grads, penalty_grads = {}, {}
+    for stream, (name, _) in enumerate(model.named_parameters()):  # in this order: see formula.direction
+        if name in step.grads:
+            grads[name] = formula.measure(step.grads[name].cpu(), stream)
+        if name in step.penalty_grads:
+            penalty_grads[name] = formula.measure(step.penalty_grads[name].cpu(), stream)
     return {
         "logits": step.logits.flatten().tolist(),
         "penalty": step.penalty.item(),
         "loss": step.loss,
-        "grads": {n: formula.measure(g.cpu(), streams[n]) for n, g in step.grads.items()},
-        "penalty_grads": {n: formula.measure(g.cpu(), streams[n]) for n, g in step.penalty_grads.items()},
+        "grads": grads,
+        "penalty_grads": penalty_grads,
     }
