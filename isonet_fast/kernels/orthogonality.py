@@ -57,12 +57,14 @@ def forward(
     problem: Problem,
     save: bool,
     split_k: tuple[Tensor, Tensor] | None = None,
+    partials: Tensor | None = None,
     aside: torch.cuda.Stream | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """sum of coefficient * penalty, a float32 scalar; each layer's penalty (L,); what `backward` needs if `save`.
 
-    The first two are computed on the stream `aside`, if there is one. The caller's stream must wait for that stream
-    before these tensors are freed: their memory is the caller's. A gradient that follows uses the same `split_k`.
+    The first two are computed on the stream `aside`, if there is one, from `partials`. The caller's stream must wait
+    for that stream before these three are freed: their memory is the caller's, and its next tensor would take it. A
+    gradient that follows uses the same `split_k`.
     """
     tables = tables_of(problem, weights[0].device)
     plan, device, launch = tables.plan, tables.device, tables.launches
@@ -72,7 +74,7 @@ def forward(
         hi = torch.empty(plan.planes_shape, dtype=dtype, device=device)
         lo = torch.empty(plan.planes_shape, dtype=dtype, device=device) if split else hi
         residual = torch.empty(plan.residual_shape if save else (1, RESIDUAL_PANEL), dtype=dtype, device=device)
-        partials = torch.empty(max(1, plan.partials), dtype=torch.float32, device=device)
+        partials = _partials(tables) if partials is None else partials
         losses = torch.empty(len(weights), dtype=torch.float32, device=device)
         loss = torch.empty((), dtype=torch.float32, device=device)
         arguments: tuple
@@ -132,18 +134,20 @@ def accumulate_grad_(
     tables = tables_of(problem, weights[0].device)
     with _on(tables) as stream:
         view = tables.view("add", grads, stream)
-        split_k = _split_k(tables, after_pack=True)
+        split_k, partials = _split_k(tables, after_pack=True), _partials(tables)
         # One program of finish keeps one multiprocessor busy: beside the gradient, which doesn't need the loss
-        loss, losses, saved = forward(weights, problem, True, split_k, tables.aside)
-        if view is not None and not any(map(Tensor.is_neg, grads)):
-            _grad(tables, saved, split_k, view, scale=float(scale))
-        else:  # formed in float32, added with one rounding
-            factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
-            layout, flat = _grad_to_flat(tables, weights, saved, factor, split_k, stream)
-            for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
-                grad.add_(addend)
-        if tables.aside is not None:
-            stream.wait_stream(tables.aside)
+        loss, losses, saved = forward(weights, problem, True, split_k, partials, tables.aside)
+        try:
+            if view is not None and not any(map(Tensor.is_neg, grads)):
+                _grad(tables, saved, split_k, view, scale=float(scale))
+            else:  # formed in float32, added with one rounding
+                factor = torch.full((), scale, dtype=torch.float32, device=tables.device)
+                layout, flat = _grad_to_flat(tables, weights, saved, factor, split_k, stream)
+                for grad, addend in zip(grads, layout.wide_views(flat), strict=True):
+                    grad.add_(addend)
+        finally:  # also if there is no memory for the gradient
+            if tables.aside is not None:
+                stream.wait_stream(tables.aside)
     return loss, losses
 
 
@@ -175,6 +179,11 @@ def _split_k(tables: Tables, after_pack: bool) -> tuple[Tensor, Tensor]:
     make = torch.empty if after_pack and len(plan.pack_tiles) else torch.zeros
     parts = torch.empty(plan.parts_size, dtype=torch.float32, device=device)
     return parts, make(plan.arrivals, dtype=torch.int32, device=device)
+
+
+def _partials(tables: Tables) -> Tensor:
+    """The square sums of gram's tiles, which finish adds."""
+    return torch.empty(max(1, tables.plan.partials), dtype=torch.float32, device=tables.device)
 
 
 def _grad_to_flat(

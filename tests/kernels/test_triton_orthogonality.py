@@ -3,7 +3,9 @@
 Tolerances are those of a bf16x3 gram with a bf16 gradient product, or of float32 (docs/design.md, docs/gpu-notes.md).
 """
 
+import contextlib
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -278,6 +280,41 @@ def test_accumulates_into_gradients(dtype, device):
         wanted = 0.25 * coefficient * expected(weight, layer)[1]
         rounding = 8e-3 * old.norm() if dtype == torch.bfloat16 else 1e-6 * old.norm()
         assert ((grad.cpu().double() - old) - wanted).norm() <= 1e-2 * wanted.norm() + rounding
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_side_stream_reads_is_kept_until_the_caller_waits(fails, device, monkeypatch):
+    """Freed earlier, its memory would go to the next tensor of the caller's stream, while `finish` still reads it."""
+    from isonet_fast.kernels import orthogonality as kernels
+    from isonet_fast.kernels.launch import Launches
+    from isonet_fast.kernels.tables import DeviceArrays
+
+    kept = []
+
+    class Stream:
+        def wait_stream(self, other):
+            if self is caller:
+                kept.extend(tensor() is not None for tensor in read)
+
+    caller, read, launch = Stream(), [], Launches.__call__
+
+    def watched(self, key, kernel, programs, arguments, options):
+        if key == "finish":
+            read.extend(weakref.ref(tensor) for tensor in arguments if isinstance(tensor, torch.Tensor))
+        elif fails and key[0] == "grad":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        launch(self, key, kernel, programs, arguments, options)
+
+    layers, weights = make(CASES["1x3"], device)
+    problem = Problem(layers, (1.0, 1.0))
+    kernels.tables_of(problem, weights[0].device).aside = Stream()
+    monkeypatch.setattr(kernels, "_on", lambda tables: contextlib.nullcontext(caller))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(DeviceArrays, "use_on", lambda self, stream: None)
+    monkeypatch.setattr(Launches, "__call__", watched)
+    with pytest.raises(torch.cuda.OutOfMemoryError) if fails else contextlib.nullcontext():
+        kernels.accumulate_grad_(weights, [torch.zeros_like(w) for w in weights], problem, 1.0)
+    assert len(kept) >= 3 and all(kept)
 
 
 @pytest.mark.parametrize("count", [2, 3])
