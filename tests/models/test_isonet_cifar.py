@@ -227,24 +227,23 @@ def test_channels_last_is_the_same_function(residual, device):
 @both_kinds
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_autocast_is_as_accurate_as_the_official_arithmetic_under_it(residual, memory_format, device):
+    """Medians over sixteen batches: of a single one, either error can by chance be twice the other."""
     net = network(residual, dtype=torch.float32).to(device, memory_format=memory_format)
-    x = images(torch.float32).to(device, memory_format=memory_format)
-    exact = gradients(network(residual), x.double().cpu())
-
-    def under_autocast(model):
-        with torch.autocast(device.type, torch.bfloat16):
-            return gradients(model, x)
-
-    ours, theirs = under_autocast(net), under_autocast(official(net))
-    assert ours[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in ours[1])
-
-    def error(result):
-        pairs = zip([result[0], *result[1]], [exact[0], *exact[1]], strict=True)
-        return [(got.double().cpu() - want).norm().item() / want.norm().item() for got, want in pairs]
-
-    errors, allowed = error(ours), error(theirs)
-    assert max(errors) < 2 * max(allowed) + 1e-6
-    assert sum(errors) < 1.5 * sum(allowed)
+    theirs, wide = official(net), network(residual)
+    errors, allowed = [], []
+    for _ in range(16):
+        x = images(torch.float32)
+        exact = gradients(wide, x.double())
+        for model, found in ((net, errors), (theirs, allowed)):
+            with torch.autocast(device.type, torch.bfloat16):
+                logits, grads = gradients(model, x.to(device, memory_format=memory_format))
+            if model is net:
+                assert logits.dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in grads)
+            pairs = zip([logits, *grads], [exact[0], *exact[1]], strict=True)
+            found.append([(got.double().cpu() - want).norm() / want.norm() for got, want in pairs])
+    ours, plain = (torch.tensor(found).median(0).values for found in (errors, allowed))
+    assert ours.max() < 2 * plain.max() + 1e-6
+    assert ours.sum() < 1.5 * plain.sum()
 
 
 @both_kinds
