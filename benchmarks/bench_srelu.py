@@ -151,33 +151,38 @@ def check(function: Callable, inputs: Inputs, op: str) -> float:
 
 
 def caller(function: Callable, sets: Sequence[Inputs], mode: str) -> Callable[[], None]:
-    """One call per set, whose results are kept: a freed one would leave its block, in the cache, to the next."""
+    """One call per set, whose results are kept: a freed one would leave its block, in the cache, to the next.
+
+    The leaves are its own. Autograd's node of a shared one would stay on the stream on which another provider was
+    captured, as long as that provider keeps its graph, and draw that stream into the next capture.
+    """
+    arguments = [[argument.detach().requires_grad_() for argument in inputs.arguments] for inputs in sets]
     if mode == "forward":
 
         def forward() -> None:
             kept = []
             with torch.no_grad():
-                for inputs in sets:
-                    kept.append(function(*inputs.arguments))
+                for own in arguments:
+                    kept.append(function(*own))
 
         return forward
     if mode == "forward+backward":
 
         def both() -> None:
             kept = []
-            for inputs in sets:
-                output = function(*inputs.arguments)
-                kept.append((output, torch.autograd.grad(output, inputs.arguments, inputs.grad)))
+            for own, inputs in zip(arguments, sets, strict=True):
+                output = function(*own)
+                kept.append((output, torch.autograd.grad(output, own, inputs.grad)))
 
         return both
     outputs: list[Tensor] = []
 
     def backward() -> None:
         if not outputs:
-            outputs.extend(function(*inputs.arguments) for inputs in sets)
+            outputs.extend(function(*own) for own in arguments)
         kept = []
-        for output, inputs in zip(outputs, sets, strict=True):
-            kept.append(torch.autograd.grad(output, inputs.arguments, inputs.grad, retain_graph=True))
+        for output, own, inputs in zip(outputs, arguments, sets, strict=True):
+            kept.append(torch.autograd.grad(output, own, inputs.grad, retain_graph=True))
 
     return backward
 

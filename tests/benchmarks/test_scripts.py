@@ -155,6 +155,24 @@ def test_rounding_fails_nobody_at_a_scale():
         assert bench_srelu.check(providers.official_join, inputs, case.op) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["forward", "backward", "forward+backward"])
+def test_providers_of_an_activation_share_memory_and_no_leaves(mode):
+    """A leaf that two share would have one node in autograd, on the stream that first captured it."""
+    case = bench_srelu.ActivationCase("srelu", (2, 8, 4, 4), torch.float32, "channels_last")
+    seen = []
+
+    def provider(*arguments):
+        seen.append(arguments)
+        return functional.srelu(*arguments)
+
+    sets = [bench_srelu.Inputs(case, torch.device("cpu"), 0)]
+    for _ in range(2):
+        bench_srelu.caller(provider, sets, mode)()
+    for first, second in zip(*seen, strict=True):
+        assert first is not second and first.data_ptr() == second.data_ptr() and first.stride() == second.stride()
+        assert first.is_leaf and second.is_leaf and first.requires_grad and second.requires_grad
+
+
 def test_every_mode_of_a_small_tensor_is_one_launch(monkeypatch):
     """Else the host's path through autograd would be timed. The forward of a captured backward is made on the stream
     that captures, as autograd runs the one where it ran the other."""
