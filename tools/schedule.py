@@ -8,9 +8,10 @@ first multiprocessor that is free. A program takes
 
     tile_us + steps * max(products / tensor rate, bytes / L2 rate) + bytes of the gradient / memory rate
 
-and, where a tile is split, the time to store its piece in L2; the tile's last one loads all pieces, and it alone writes
-the gradient. All programs have an equal share of every rate. "floor" is the time of the multiplications that the
-mathematics needs at the rate of a large product, and of packing. Every assumption is an option.
+and, where a tile is split, the time to store its piece in L2. Whichever piece of a tile is stored last, its program
+loads all of them and writes the gradient. All programs have an equal share of every rate. "floor" is the time of the
+multiplications that the mathematics needs at the rate of a large product, and of packing. Every assumption is an
+option.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from isonet_fast import OrthoConv2d, models
 from isonet_fast.geometry import Layer
 from isonet_fast.kernels import tiles
 from isonet_fast.kernels.plan import Plan
-from isonet_fast.kernels.split_k import makespan
+from isonet_fast.kernels.split_k import Programs, makespan
 from isonet_fast.problem import Problem
 from isonet_fast.regularizer import official_filter
 
@@ -91,8 +92,8 @@ def plan_of(layers: tuple[Layer, ...], share: tuple[int, int] = (0, 1)) -> Plan:
     return Plan(Problem(layers, (1.0,) * len(layers), None, share), "tma")
 
 
-def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
-    """For every launch of tiles, the time of each program, in the order in which they start."""
+def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, Programs]]:
+    """For every launch of tiles, what each program takes."""
     for gram, table in plan.gram_tiles.items():
         steps = table["last"].astype(np.int64) - table["first"]
         size = gram.block * gram.chunk
@@ -100,23 +101,24 @@ def programs(plan: Plan, machine: Machine) -> Iterator[tuple[str, np.ndarray]]:
         step = machine.step_us(3 * product, 4 * size * 2)
         diagonal = machine.step_us(2 * product, 2 * size * 2)
         step = np.where(table["a_row"] == table["b_row"], diagonal, step)
-        part = 4 * gram.block**2
-        yield f"gram {gram.block}x{gram.block}", machine.tile_us + steps * step + pieces_us(table, part, machine)
+        yield f"gram {gram.block}x{gram.block}", in_pieces(table, steps * step, 4 * gram.block**2, 0, machine)
     done = np.concatenate([[0], np.cumsum(plan.runs["last"].astype(np.int64) - plan.runs["first"])])
     for of, tables, nbytes in (("", plan.grad_tiles, machine.gradient_bytes), (" of planes", plan.spectrum_tiles, 4)):
         for grad, table in tables.items():
             steps = done[table["last_run"]] - done[table["first_run"]]
             elements = grad.rows * grad.columns
             step = machine.step_us(2 * elements * grad.depth, (grad.rows + grad.columns) * grad.depth * 2)
-            written = np.where(table["piece"] == table["pieces"] - 1, machine.store_us(elements * nbytes), 0)
-            us = machine.tile_us + steps * step + pieces_us(table, 4 * elements, machine) + written
-            yield f"grad {grad.rows}x{grad.columns}{of}", us
+            written = machine.store_us(elements * nbytes)
+            yield f"grad {grad.rows}x{grad.columns}{of}", in_pieces(table, steps * step, 4 * elements, written, machine)
 
 
-def pieces_us(table: np.ndarray, nbytes: int, machine: Machine) -> np.ndarray:
-    """What pieces of tiles take beside their products: each is stored, the last one of a tile loads all."""
-    moved = 1 + np.where(table["piece"] == table["pieces"] - 1, table["pieces"], 0)
-    return np.where(table["pieces"] > 1, moved, 0) * machine.step_us(0, nbytes)
+def in_pieces(table: np.ndarray, products: np.ndarray, nbytes: int, written: float, machine: Machine) -> Programs:
+    """Programs that take so long for their products and to write a tile. Each piece of a tile, of `nbytes`, is stored,
+    and all are loaded."""
+    split = table["pieces"] > 1
+    part = np.where(split, machine.step_us(0, nbytes), 0)
+    tile = np.where(split, table["arrival"], -2 - np.arange(len(table)))
+    return Programs(machine.tile_us + products + part, part * table["pieces"] + written, tile, table["pieces"])
 
 
 def launches(plan: Plan, machine: Machine) -> list[Launch]:
@@ -125,12 +127,12 @@ def launches(plan: Plan, machine: Machine) -> list[Launch]:
     there, back = plan.spectrum.there, plan.spectrum.back
     if len(there):
         made.append(Launch("transform", transform_us(plan, machine, False), len(there), 1.0))
-    finishing = [machine.finish_us]  # a launch beside the first of the gradient's, which it does not wait for
-    for name, us in programs(plan, machine):
+    finishing = [([machine.finish_us], [0.0], [-1], [1])]  # a launch beside the first of the gradient's, on its own
+    for name, each in programs(plan, machine):
         if name.startswith("grad") and finishing:
-            us, finishing = np.concatenate([finishing, us]), []
-        took = makespan(us, machine.multiprocessors)
-        made.append(Launch(name, took, len(us), us.sum() / machine.multiprocessors / took))
+            each = Programs(*map(np.concatenate, zip(finishing.pop(), each, strict=True)))
+        took = makespan(each, machine.multiprocessors)
+        made.append(Launch(name, took, len(each.own), each.together / machine.multiprocessors / took))
     if len(back):
         made.append(Launch("transform back", transform_us(plan, machine, True), len(back), 1.0))
     return made

@@ -209,7 +209,7 @@ class Plan:
                 cut = balanced(table["last"].astype(np.int64), products, GRAM_COST)
                 table, self.gram_parts = self._in_pieces(table, cut, self.gram_parts)
                 table["first"], table["last"] = cut.first, cut.last
-                time = cut.times(products, GRAM_COST)
+                time = cut.programs(products, GRAM_COST).length
                 planes = {n: self.packed[n].plane_rows * PANEL * 4 for n in layers}  # hi and lo
                 self.gram_tiles[tile] = _longest_last_layers_first(table, time, planes)
 
@@ -282,7 +282,7 @@ class Plan:
         cut = balanced(steps, np.ones(len(steps)), GRAD_COST)
         table, self.grad_parts = self._in_pieces(table, cut, self.grad_parts)
         _cut_runs(table, cut, runs)
-        time = cut.times(np.ones(len(steps)), GRAD_COST)
+        time = cut.programs(np.ones(len(steps)), GRAD_COST).length
         read = {n: 2 * (p.plane_rows * PANEL + p.residual_rows * RESIDUAL_PANEL) for n, p in enumerate(self.packed)}
         return _longest_last_layers_first(table, time, read)
 

@@ -9,7 +9,7 @@ their order, and finishes the tile. So the bits do not depend on which program i
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from .layout import field, int32_columns
 
 MULTIPROCESSORS = 132  # of an H100 or H200
 SHARES = np.linspace(1.5, 0.7, 28)  # times of pieces to try, relative to the time of all tiles together
+MOST_PIECES = 8  # equal ones
 
 # Columns that every table of tiles ends with: how many pieces the tile has, which one the row is, where in `parts` they
 # begin, and where in `arrivals` they are counted.
@@ -63,6 +64,29 @@ class Cost(NamedTuple):
     part: float
 
 
+class Programs(NamedTuple):
+    """What the programs of a launch take, in the order in which they start, and of which tile each has a piece."""
+
+    own: np.ndarray  # until its sum is there, and stored where the tile is split
+    rest: np.ndarray  # from there on, for the one of a tile that arrives last: to add the pieces and write the tile
+    row: np.ndarray  # equal for the pieces of one tile
+    pieces: np.ndarray  # of that tile
+
+    @property
+    def together(self) -> float:
+        """The time of all programs."""
+        return float(self.own.sum() + (self.rest / self.pieces).sum())
+
+    @property
+    def length(self) -> np.ndarray:
+        """By what programs are sorted."""
+        return self.own + np.where(self.pieces == 1, self.rest, 0)
+
+    def longest_first(self) -> Programs:
+        order = np.argsort(-self.length, kind="stable")
+        return Programs(*(column[order] for column in self))
+
+
 class Pieces(NamedTuple):
     """Rows of a table cut into pieces: `piece` of `pieces` of `row` is its steps `first` to `last`."""
 
@@ -72,46 +96,81 @@ class Pieces(NamedTuple):
     first: np.ndarray  # step
     last: np.ndarray
 
-    def times(self, step: np.ndarray, cost: Cost) -> np.ndarray:
-        """What each piece takes if a step takes `step`. The last one of a tile adds them up and writes it."""
-        ends, split = self.piece == self.pieces - 1, self.pieces > 1
-        moved = split + split * ends * self.pieces
-        return cost.begin + (self.last - self.first) * step[self.row] + cost.part * moved + cost.write * ends
+    def programs(self, step: np.ndarray, cost: Cost) -> Programs:
+        """What each piece takes if a step takes `step`."""
+        part = np.where(self.pieces > 1, cost.part, 0)
+        own = cost.begin + (self.last - self.first) * step[self.row] + part
+        return Programs(own, cost.write + part * self.pieces, self.row, self.pieces)
 
 
-def cut(steps: np.ndarray, step: np.ndarray, cost: Cost, limit: float) -> Pieces:
-    """Sums of `steps` steps, cut into pieces that take at most `limit`, if they can. The last piece has to add and
-    write, so it is shorter than the others."""
-    most = np.maximum(1, (limit - cost.begin - cost.part) // step)
-    # with p pieces the last one may have `room` - p * part / step steps
-    room = (limit - cost.begin - cost.write - cost.part) / step
-    fewest = np.ceil((steps + most - room) / np.maximum(most - cost.part / step, 1e-9))
-    pieces = np.clip(np.minimum(fewest, np.ceil((steps - 1) / most) + 1), 2, steps)
-    pieces = np.where(cost.begin + steps * step + cost.write <= limit, 1, pieces).astype(np.int64)
+def cut(steps: np.ndarray, most: np.ndarray) -> Pieces:
+    """Sums of `steps` steps in pieces of `most` steps, the last one of which may be shorter."""
+    pieces = -(-steps // most)
     row = np.repeat(np.arange(len(steps)), pieces)
     piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    most, left = most.astype(np.int64)[row], steps[row] - pieces[row]  # every piece has a step
-    ends = piece == pieces[row] - 1
-    last = np.where(ends, steps[row], np.minimum((piece + 1) * most, left + piece + 1))
-    return Pieces(row, piece, pieces[row], np.minimum(piece * most, left + piece), last)
+    first, last = (np.minimum((piece + n) * most[row], steps[row]) for n in (0, 1))
+    return Pieces(row, piece, pieces[row], first, last)
+
+
+def within(limit: float, steps: np.ndarray, step: np.ndarray, cost: Cost, equal: bool) -> np.ndarray:
+    """Steps of a piece, where sums that take longer than `limit` are cut: into pieces that are stored by then and a
+    rest, which fills a gap; or, if `equal`, into as many equal pieces as it takes for all to be added by then."""
+    most = np.clip((limit - cost.begin - cost.part) // step, 1, None).astype(np.int64)
+    most = np.where(most < steps, most, -(-steps // 2))
+    if equal:
+        pieces = np.full(len(steps), 2)
+        for _ in range(2, MOST_PIECES):
+            end = cost.begin + -(-steps // pieces) * step + cost.part * (1 + pieces) + cost.write
+            pieces += end > limit
+        most = -(-steps // pieces)
+    return np.where(cost.begin + steps * step + cost.write <= limit, steps, most)
 
 
 def balanced(steps: np.ndarray, step: np.ndarray, cost: Cost) -> Pieces:
     """Whole sums, if they end at most 5 % later than multiprocessors with equal work would. Else several limits are
-    tried, shares of that time and parts of the longest sum, and the pieces that end first are taken."""
-    whole = cut(steps, step, cost, (cost.begin + steps * step + cost.write).max())
-    time = whole.times(step, cost)
-    together = time.sum() / MULTIPROCESSORS
-    if makespan(np.sort(time)[::-1].tolist()) <= 1.05 * together:
-        return whole
-    limits = np.concatenate([SHARES * together, time.max() / np.arange(1, 9)])
-    tried = [cut(steps, step, cost, limit) for limit in limits]
-    return min(tried, key=lambda pieces: makespan(np.sort(pieces.times(step, cost))[::-1].tolist()))
+    tried, shares of that time and parts of the longest sum, and what ends first is taken. Then the sums of one length
+    are cut otherwise, one length after the other, if that ends earlier."""
+    best, end = steps, math.inf
+
+    def attempt(most: np.ndarray) -> None:
+        nonlocal best, end
+        programs = cut(steps, most).programs(step, cost).longest_first()
+        if programs.together < MULTIPROCESSORS * end and (ends := makespan(programs)) < end:
+            best, end = most, ends
+
+    attempt(steps)
+    whole = cut(steps, steps).programs(step, cost)
+    together = whole.together / MULTIPROCESSORS
+    if end > 1.05 * together:
+        for limit in np.concatenate([SHARES * together, whole.length.max() / np.arange(1, 9)]):
+            for equal in (False, True):
+                attempt(within(limit, steps, step, cost, equal))
+        for kind in np.unique(np.stack([steps, step]), axis=1).T:
+            same = (steps == kind[0]) & (step == kind[1])
+            near = best[same][0] + np.arange(-3, 4)
+            parts = -(-steps[same][0] // np.arange(1, MOST_PIECES + 1))
+            for most in np.unique(np.clip(np.concatenate([near, parts]), 1, steps[same][0])):
+                attempt(np.where(same, most, best))
+    return cut(steps, best)
 
 
-def makespan(times: Iterable[float], multiprocessors: int = MULTIPROCESSORS) -> float:
-    """When the last program ends if each starts, in order, where one is free."""
-    busy = [0.0] * multiprocessors
-    for time in times:
-        heapq.heapreplace(busy, busy[0] + time)
-    return max(busy)
+def makespan(programs: Programs, multiprocessors: int = MULTIPROCESSORS) -> float:
+    """When the last program ends if each starts, in order, where a multiprocessor is free."""
+    own, rest, rows, pieces = (column.tolist() for column in programs)
+    left = dict(zip(rows, pieces, strict=True))  # pieces of each tile that have not arrived
+    busy = [(0.0, -1)] * min(multiprocessors, len(own))  # until when, and with which program's own part
+    waiting = iter(enumerate(own))
+    end = 0.0
+    while busy:
+        end, program = busy[0]
+        if program >= 0:
+            left[rows[program]] -= 1
+            if not left[rows[program]]:
+                heapq.heapreplace(busy, (end + rest[program], -1))
+                continue
+        program, time = next(waiting, (-1, 0.0))
+        if program >= 0:
+            heapq.heapreplace(busy, (end + time, program))
+        else:
+            heapq.heappop(busy)
+    return end

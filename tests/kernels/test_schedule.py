@@ -14,10 +14,10 @@ import schedule
 
 
 def test_programs_start_in_order_where_one_is_free():
-    assert schedule.makespan([3, 2, 2, 2], 2) == 5  # 3 + 2 beside 2 + 2
-    assert schedule.makespan([2, 2, 2, 3], 2) == 5
-    assert schedule.makespan([2, 2, 2, 2, 3], 2) == 7  # the longest last
-    assert schedule.makespan([], 2) == 0
+    for times, end in (([3, 2, 2, 2], 5), ([2, 2, 2, 3], 5), ([2, 2, 2, 2, 3], 7), ([], 0)):
+        own, count = np.array(times, float), len(times)
+        whole = schedule.Programs(own, np.zeros(count), np.arange(count), np.ones(count, int))
+        assert schedule.makespan(whole, 2) == end
 
 
 @pytest.mark.parametrize("layers", ["isonet18", "5x5"])
@@ -26,7 +26,7 @@ def test_steps_are_counted_from_the_tables(layers):
     plan = schedule.plan_of(schedule.chain((256, 256), (5, 5)) if layers == "5x5" else schedule.layers_of(layers))
     free = dict(l2_tbytes=1e9, memory_tbytes=1e9, tile_us=0, gradient_bytes=0)
     unit = schedule.Machine(multiprocessors=1, tflops=1e-6, **free)
-    flops = sum(float(us.sum()) for _, us in schedule.programs(plan, unit))
+    flops = sum(each.together for _, each in schedule.programs(plan, unit))
     assert flops == pytest.approx(sum(row.padded_flops for row in plan.summary()), rel=1e-12)
 
 
@@ -45,33 +45,33 @@ def test_published_networks_are_predicted_near_their_floor(network, limit):
     assert schedule.ratio(f"isonet{network}", schedule.Machine()) <= limit
 
 
-@pytest.mark.parametrize("network, least", [("isonet34", 6.4), ("isonet50", 5.7)])
+@pytest.mark.parametrize("network, least", [("isonet34", 6.2), ("isonet50", 5.6)])
 def test_eight_ranks_are_predicted_to_gain(network, least):
     assert schedule.speedup(network, 8, schedule.Machine()) >= least
     assert schedule.even_speedup(network, 8, schedule.Machine()) < 8
 
 
-@pytest.mark.parametrize("network, least", [("isonet34", [1.9, 3.5]), ("isonet50", [1.8, 3.25])])
+@pytest.mark.parametrize("network, least", [("isonet34", [1.9, 3.5]), ("isonet50", [1.8, 3.2])])
 def test_few_ranks_are_predicted_to_gain(network, least):
     assert all(schedule.speedup(network, r, schedule.Machine()) >= gain for r, gain in zip((2, 4), least, strict=True))
 
 
-def test_a_piece_is_stored_and_the_last_one_adds():
+def test_a_piece_is_stored_and_one_program_adds():
     """One tile of 9 x 8 steps of 128 x 128 x 64: whole or in pieces, its products are the same."""
     layers = schedule.chain((512, 512), (3, 3))
     plan = schedule.plan_of(layers, (0, 8))
     free = dict(tile_us=0, l2_tbytes=1e9, memory_tbytes=1e9)
-    _, us = next(schedule.programs(plan, schedule.Machine(**free)))
+    _, each = next(schedule.programs(plan, schedule.Machine(**free)))
     products = sum(row.padded_flops for row in plan.summary())
-    assert plan.gram_parts and us.sum() < 1e-6 * 132 * products / 620
+    assert plan.gram_parts and each.together < 1e-6 * 132 * products / 620
     table = next(iter(plan.gram_tiles.values()))
-    part = schedule.Machine(l2_tbytes=1, tflops=1e9).step_us(0, 4 * 128**2)
-    added = schedule.pieces_us(table, 4 * 128**2, schedule.Machine(l2_tbytes=1))
-    last = table["piece"] == table["pieces"] - 1
-    assert added[table["pieces"] == 1].max(initial=0) == 0
-    split = table["pieces"] > 1
-    assert added[split & ~last] == pytest.approx(part)
-    assert added[split & last] == pytest.approx(part * (1 + table["pieces"][split & last]))
+    slow = schedule.Machine(l2_tbytes=1, tflops=1e9, tile_us=0)
+    part, pieces = slow.step_us(0, 4 * 128**2), table["pieces"]
+    split = pieces > 1
+    own, rest, tile, of = schedule.in_pieces(table, np.zeros(len(table)), 4 * 128**2, 0, slow)
+    assert own == pytest.approx(np.where(split, part, 0)) and rest == pytest.approx(np.where(split, pieces * part, 0))
+    assert of.tolist() == pieces.tolist() and len(set(tile[split])) == plan.arrivals
+    assert len(set(tile)) == sum(1 / pieces)
 
 
 def test_sharing_the_work_pays():

@@ -268,37 +268,72 @@ def test_pieces_of_a_share_make_up_its_tiles(precision):
         assert sum(r.padded_flops for r in plan.summary()) == 2 * (walk_gram(plan) + walk_grad(plan))
 
 
+def end(pieces, steps, cost):
+    return split_k.makespan(pieces.programs(np.ones(len(steps)), cost).longest_first())
+
+
 def test_pieces_end_earlier_than_whole_sums():
     """10 long sums and 200 short ones on 132 multiprocessors: no longer than a fair share and a piece."""
     steps = np.array([72] * 10 + [8] * 200)
     cost = split_k.Cost(begin=1.0, write=0.5, part=1.0)
     chosen = split_k.balanced(steps, np.ones(len(steps)), cost)
-    times = np.sort(chosen.times(np.ones(len(steps)), cost))[::-1]
-    assert split_k.makespan(times) < 0.45 * 73.5
+    assert end(chosen, steps, cost) < 0.45 * 73.5
     assert np.bincount(chosen.row, weights=chosen.last - chosen.first).tolist() == steps.tolist()
     equal = np.full(528, 9)
     assert (split_k.balanced(equal, np.ones(528), cost).pieces == 1).all()
     late = np.full(140, 72)  # eight of them would begin when the others end
-    times = split_k.balanced(late, np.ones(140), cost).times(np.ones(140), cost)
-    assert split_k.makespan(np.sort(times)[::-1]) < 0.75 * 2 * 73.5
+    assert end(split_k.balanced(late, np.ones(140), cost), late, cost) < 0.75 * 2 * 73.5
 
 
+def programs(*each):
+    """Of (own, rest, row, pieces)."""
+    return split_k.Programs(*map(np.array, zip(*each, strict=True)))
+
+
+def test_the_piece_that_is_stored_last_adds_and_writes():
+    """Not the last one of its tile: which one it is depends on when each began and how long it is."""
+    long_first = programs((20.0, 4.0, 0, 2), (10.0, 4.0, 0, 2))
+    assert split_k.makespan(long_first, 2) == 20 + 4  # side by side the short one is there first
+    assert split_k.makespan(long_first, 1) == 30 + 4
+    assert split_k.makespan(programs((10.0, 4.0, 0, 2), (20.0, 4.0, 0, 2)), 2) == 20 + 4
+    # 9 begins when 10 ends; the tile ends with it
+    tiles = programs((20.0, 0.0, 1, 1), (10.0, 4.0, 0, 2), (9.0, 4.0, 0, 2))
+    assert split_k.makespan(tiles, 2) == 10 + 9 + 4 and tiles.together == 43
+
+
+def test_pieces_of_equal_sums_are_equal():
+    """With as many multiprocessors as pieces, nothing starts later, so no shorter rest would fill a gap."""
+    steps = np.full(66, 40)
+    chosen = split_k.balanced(steps, np.ones(66), split_k.Cost(begin=2.0, write=4.0, part=2.0))
+    assert (chosen.pieces == 2).all() and (chosen.last - chosen.first == 20).all()
+
+
+def test_sums_of_one_length_are_cut_to_fit_the_others():
+    """No limit that is tried cuts 48 sums in halves and leaves 32 shorter ones whole."""
+    steps, cost = np.repeat([16, 8], [48, 32]), split_k.Cost(begin=2.0, write=4.0, part=2.0)
+    chosen = split_k.balanced(steps, np.ones(80), cost)
+    assert np.bincount(chosen.row).tolist() == [2] * 48 + [1] * 32
+    assert end(chosen, steps, cost) == 2 + 8 + 3 * 2 + 4
+
+
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("limit", [5, 8, 13.5, 21, 40, 100])
-def test_no_piece_takes_longer_than_the_limit(limit):
-    """Not even the last one, which adds all pieces up and writes. If it can't be kept, every piece has a step."""
+def test_no_piece_takes_longer_than_the_limit(limit, equal):
+    """Equal ones not even if they also add all pieces up and write. If it can't be kept, every piece has a step."""
     steps, step = np.arange(1, 73), np.where(np.arange(72) % 3, 1.0, 2 / 3)
     cost = split_k.Cost(begin=2.0, write=4.0, part=0.5)
-    pieces = split_k.cut(steps, step, cost, limit)
+    pieces = split_k.cut(steps, split_k.within(limit, steps, step, cost, equal))
     length = pieces.last - pieces.first
     assert length.min() >= 1 and np.bincount(pieces.row, weights=length).tolist() == steps.tolist()
     assert (pieces.first[pieces.piece == 0] == 0).all() and pieces.first[1:][pieces.piece[1:] > 0].tolist() == (
         pieces.last[:-1][pieces.piece[1:] > 0].tolist()
     )
-    times = pieces.times(step, cost)
-    whole = cost.begin + steps * step + cost.write
-    assert (pieces.pieces[whole[pieces.row] <= limit] == 1).all()
+    assert (pieces.pieces[(cost.begin + steps * step + cost.write)[pieces.row] <= limit] == 1).all()
+    own, rest, *_ = pieces.programs(step, cost)
     if limit > 13:
-        assert times.max() <= limit + 1e-9
+        assert own.max() <= limit + 1e-9
+    if limit > 21 and equal:
+        assert (own + rest).max() <= limit + 1e-9
 
 
 def test_a_second_launch_of_gradient_tiles_must_pay():
