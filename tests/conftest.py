@@ -4,6 +4,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import signal
 
 import pytest
 
@@ -23,6 +24,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 # An op that returns its input, or two views of one buffer, fails here as it will in a later PyTorch.
 os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")
+
+# A shell ignores Ctrl-C in what a script starts in the background, and nohup a hang-up. Child processes inherit what is
+# ignored, but no handlers, and tests send them these signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 import torch
 
