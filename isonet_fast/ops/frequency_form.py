@@ -15,7 +15,7 @@ determines R, because Re R is symmetric and Im R is antisymmetric: Re R - Im R =
     D = Re R X:        Re(R B) = D - U^T S,   Im(R B) = U C - D          Re R = (U + U^T) / 2
 
 Near the optimum R is a small difference of large numbers. So the diagonal of R is not taken from the product, whose
-running sum is near one when small squares are still to come, but summed by itself, in pairs of halves.
+running sum is near one when small squares are still to come. torch.sum forms it, pairwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..geometry import Frequency, Layer
 SCRATCH = 2**22
 # Elements of the few pairs that are multiplied at a time: every thread has some, in its second-level cache.
 CACHE = 2**19
-Waves = tuple[Tensor, Tensor]
+Waves = tuple[Tensor, Tensor]  # cos(wq) and sin(wq), for the transform there and for the one back
 
 
 def pack(taps: Tensor, layer: Layer) -> Tensor:
