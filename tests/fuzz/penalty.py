@@ -173,7 +173,10 @@ def layer(case: Case) -> None:
     module.load_state_dict(plain.state_dict())
     sizes = [k * d for k, d in zip(shape[2:], _each(dilation, dims), strict=True)]  # at least the dilated kernel
     x = torch.randn(case.choose("N", (1, 2, 3)), positional[0], *[n + 2 for n in sizes]).to(dtype)
-    same_bits("output", module(x).detach(), plain(x).detach())
+    # oneDNN's bfloat16 convolution reads memory that nobody wrote, on a processor with AMX: nn.Conv3d(4, 7, (1, 1, 2),
+    # stride=(2, 1, 3)) of torch 2.13 gives other values at every call.
+    if not (dims and dtype == torch.bfloat16):
+        same_bits("output", module(x).detach(), plain(x).detach())
     loss = module.orthogonality_loss()
     exact = plain.weight.detach().double().requires_grad_()
     if penalty is None:
