@@ -106,8 +106,8 @@ struct Split {
   }
 };
 
-// The diagonal of C C^T + S S^T - I, to u (stride x stride), summed in `sums`. A product's running sum is near one there,
-// and loses the last bits of whatever small squares it still meets.
+// The diagonal of C C^T + S S^T - I, to u (stride x stride), summed in float64 in `sums` (stride). A product's running sum
+// is near one there, and loses the last bits of the small squares that it still meets.
 struct Diagonal {
   ISONET_FAST_INLINE void operator()(int64_t rows, int64_t columns, int64_t stride, const float* c, const float* s,
                                      double* sums, float* u) const {

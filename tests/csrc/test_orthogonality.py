@@ -126,7 +126,7 @@ def test_the_gradient_near_the_optimum_is_at_least_as_exact_over_frequencies(cha
             plan, waves, _ = small_layers.kernel_arguments([layer], [(form, layer.units(form))])
             ops.orthogonality_small_([weight], [grad], plan, waves, [1.0], False)
             errors[form] += ((grad - exact).norm() / exact.norm()).item()
-    assert errors["frequency"] <= min(errors["overlap"], 1e-3)
+    assert errors["frequency"] <= errors["overlap"] < (1e-3 if stride == 1 else 3e-3)
 
 
 @pytest.mark.parametrize(
